@@ -1,0 +1,49 @@
+# Every target sets up .venv first when it is not there. It needs Python 3.11 or newer, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STUDY := studies/quick.toml
+OUT := studies/out/quick
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help study test lint bench lock clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' Makefile
+
+study: $(READY) ## compare delta methods on the built-in backbone and write the report
+	$(BIN)/deltatune study run $(STUDY) --out $(OUT)
+	$(BIN)/deltatune study report $(OUT)
+
+test: $(READY) ## run the tests; ARGS="-k lora" narrows them
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(READY) ## check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+bench: $(READY) ## time attaching and training steps against peft and against the frozen backbone
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/attach.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py
+
+lock: $(READY) ## resolve requirements.lock anew; ARGS="--upgrade" takes newer versions
+	$(BIN)/uv pip compile pyproject.toml --extra dev --constraints requirements-torch.txt --no-emit-package torch \
+		--universal --python-version 3.11 --generate-hashes --no-header --quiet --output-file requirements.lock $(ARGS)
+
+clean: ## remove .venv and caches; the results in studies/out stay
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The lock pins everything but torch, whose build (CPU, CUDA) is the machine's own choice: pip takes the one it is set up for.
+$(READY): requirements.lock requirements-torch.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deltatune needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@echo "Setting up .venv (once, a few minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install --quiet --require-hashes --no-deps -r requirements.lock
+	@$(PIP) install --quiet -r requirements-torch.txt
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $(READY)

@@ -1,0 +1,67 @@
+"""deltatune: adapt a frozen pre-trained model by a delta, a value of methods at wheres.
+
+Every method is a public name (`LoRA`, `Adapter`, ...), and so are the initialisers and maps; see `deltatune methods`.
+Names are looked up when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deltatune.backbones.load import Backbone, load_backbone
+    from deltatune.core.attach import Attachment, attach, attachments
+    from deltatune.core.delta import Delta, SiteTable, parse, sites
+    from deltatune.core.merge import Merged, merge, merge_
+    from deltatune.core.store import load, save
+    from deltatune.core.trace import Trace, trace
+    from deltatune.core.weights import Fingerprint, Weights, fingerprint, flatten, init
+    from deltatune.errors import DeltaTuneError
+    from deltatune.methods.addition.adapter import Adapter, adapterdrop, houlsby, pfeiffer
+    from deltatune.methods.addition.prefix_tuning import PrefixTuning
+    from deltatune.methods.addition.prompt_tuning import PromptTuning, Text, Vocabulary
+    from deltatune.methods.combine import MLP, Reparam
+    from deltatune.methods.reparameterization.lora import LoRA
+    from deltatune.methods.specification.bitfit import BitFit
+    from deltatune.methods.specification.full import Full, LastLayers
+
+__version__ = "0.1.0"
+
+# verbs and nouns by the module that has them; methods and other values are found by their own name
+_HOMES = {
+    "core.attach": ("Attachment", "attach", "attachments"),
+    "core.delta": ("Delta", "SiteTable", "parse", "sites"),
+    "core.merge": ("Merged", "merge", "merge_"),
+    "core.store": ("load", "save"),
+    "core.trace": ("Trace", "trace"),
+    "core.weights": ("Fingerprint", "Weights", "fingerprint", "flatten", "init"),
+    "errors": ("DeltaTuneError",),
+    "backbones.load": ("Backbone", "load_backbone"),
+    "methods.addition.adapter": ("houlsby", "pfeiffer", "adapterdrop"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(name)
+    import_module("deltatune.methods")
+    import_module("deltatune.backbones")
+    for home, names in _HOMES.items():
+        if name in names:
+            return vars(import_module(f"deltatune.{home}"))[name]
+    from deltatune.core.spec import concrete
+    from deltatune.errors import nearest
+
+    values = concrete()
+    if name in values:
+        return values[name]
+    known = [*values, *(n for names in _HOMES.values() for n in names)]
+    raise AttributeError(f"deltatune has no {name!r}.{nearest(name, known)}")
+
+
+def __dir__() -> list[str]:
+    import_module("deltatune.methods")
+    from deltatune.core.spec import concrete
+
+    return sorted([*concrete(), *(n for names in _HOMES.values() for n in names), "__version__"])

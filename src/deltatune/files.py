@@ -1,0 +1,53 @@
+"""Atomic writes: a reader sees the old file or the whole new one, never a part; a failed write leaves the old one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from deltatune.errors import DeltaTuneError
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Replace the file at `path` by `data` in one step; raises `DeltaTuneError` when the disk refuses it."""
+    path = Path(path)
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+        kept = "the file that was there is unchanged" if path.exists() else "nothing was written"
+        raise DeltaTuneError(f"cannot write {path}: {error.strerror or error}; {kept}.") from error
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Replace the file at `path` by `text` (UTF-8) in one step."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Replace the file at `path` by `value` as indented JSON; refuses NaN and infinities, which are not JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file; raises `DeltaTuneError` with the line and column when it is not JSON."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DeltaTuneError(f"there is no file {path}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DeltaTuneError(f"{path} is not JSON: {error}.") from error
