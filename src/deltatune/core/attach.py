@@ -1,0 +1,308 @@
+"""Attaching: the only file that touches a live model, and what it does is undone bit for bit.
+
+A module gets ports by a dynamic subclass of its class that overrides `__call__`; without ports it gets its class back.
+The leaves hang under one reserved child of the root, `model.deltas.<name>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from operator import attrgetter
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltatune.core.delta import Delta, Placement, place
+from deltatune.core.method import Method
+from deltatune.core.ports import BUILDERS, PORTS, Edit, Setting, Tensors
+from deltatune.core.site import anatomy
+from deltatune.core.weights import Fingerprint, Weights, fingerprint, generate, init
+from deltatune.errors import DeltaTuneError, nearest
+
+BASE = "_deltatune_base"
+
+
+@dataclass
+class Ports:
+    """The ports of one module, in the order they were attached."""
+
+    entries: list[tuple[str, Edit]] = field(default_factory=list)
+    pre: tuple[Any, ...] = ()
+    post: tuple[Any, ...] = ()
+    heads: tuple[Any, ...] = ()
+    param: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+
+    def change(self, entries: list[tuple[str, Edit]]) -> None:
+        """Replace the entries and sort their ports by verb, so that a call only walks tuples."""
+        self.entries = entries
+        by_verb = {verb: tuple(e.port for _, e in entries if e.verb == verb) for verb in ("pre", "post", "heads")}
+        self.pre, self.post, self.heads = by_verb["pre"], by_verb["post"], by_verb["heads"]
+        names = dict.fromkeys(e.name for _, e in entries if e.verb == "param")
+        self.param = tuple((n, tuple(e.port for _, e in entries if e.verb == "param" and e.name == n)) for n in names)
+
+
+def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    ports: Ports = self.__dict__[PORTS]
+    for port in ports.pre:
+        args, kwargs = port.pre(self, args, kwargs)
+    if ports.param:
+        return _call_substituted(self, ports, args, kwargs)
+    y = type(self)._deltatune_base.__call__(self, *args, **kwargs)  # type: ignore[attr-defined]
+    for port in ports.post:
+        y = port.post(self, args, kwargs, y)
+    return y
+
+
+def _call_substituted(self: nn.Module, ports: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    own = self._parameters
+    kept = [(name, own[name]) for name, _ in ports.param]
+    try:
+        for name, changes in ports.param:
+            for port in changes:
+                own[name] = port.param(own[name])
+        y = type(self)._deltatune_base.__call__(self, *args, **kwargs)  # type: ignore[attr-defined]
+        for port in ports.post:
+            y = port.post(self, args, kwargs, y)
+        return y
+    finally:
+        for name, theta in kept:
+            own[name] = theta
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    _, _, *rest = object.__reduce_ex__(self, protocol)
+    return (_rebuild, (type(self)._deltatune_base,), *rest)  # type: ignore[attr-defined]
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    ported = with_ports(base)
+    return ported.__new__(ported)
+
+
+def _extra_repr(self: nn.Module) -> str:
+    own = type(self)._deltatune_base.extra_repr(self)  # type: ignore[attr-defined]
+    shown = dict.fromkeys(f"{name}: {edit.port.method}" for name, edit in self.__dict__[PORTS].entries)
+    return ", ".join(filter(None, [own, *(f"<{text}>" for text in shown)]))
+
+
+@cache
+def with_ports(base: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of `base` whose calls go through the ports; it keeps the name, by which others look classes up."""
+    verbs = {"__call__": _call, "__reduce_ex__": _reduce, "extra_repr": _extra_repr}
+    return type(base.__name__, (base,), {**verbs, "__module__": base.__module__, BASE: base})
+
+
+class Leaves(nn.Module):
+    """One delta's tensors on a live backbone; parameters are trained, buffers are regenerated from a seed."""
+
+
+class Deltas(nn.Module):
+    """The reserved child of the root that holds the leaves of every attachment, and what attaching has to give back."""
+
+    def __init__(self, frozen: list[tuple[nn.Parameter, bool]]) -> None:
+        super().__init__()
+        self.attached: dict[str, Attachment] = {}
+        self.frozen = frozen
+        self.settings: list[tuple[Setting, Any]] = []
+
+
+class Attachment:
+    """A live link between weights and a backbone; undone by `detach()` or by leaving its `with` block."""
+
+    def __init__(self, model: nn.Module, name: str, source: Weights, placements: list[Placement], leaves: Leaves) -> None:
+        self.model, self.name, self.leaves = model, name, leaves
+        self.delta, self.placements = source.delta, placements
+        self._source = source
+
+    @property
+    def weights(self) -> Weights:
+        """The current numbers, as float32 CPU copies."""
+        now = {name: t.detach().to("cpu", copy=True) for name, t in self._named() if isinstance(t, nn.Parameter)}
+        return Weights(self.delta, now, self._source.backbone, self._source.seed, self._source.notes)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the link still exists."""
+        deltas = self.model._modules.get("deltas")
+        return isinstance(deltas, Deltas) and deltas.attached.get(self.name) is self
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the trained tensors."""
+        return self.leaves.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the trained tensors with their names in the weights."""
+        return ((name, t) for name, t in self._named() if isinstance(t, nn.Parameter))
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        held: dict[str, Any] = {**self.leaves._parameters, **self.leaves._buffers}
+        names = dict.fromkeys(p.name(leaf) for p in self.placements for leaf in p.leaves)
+        return ((name, held[key(name)]) for name in names)
+
+    def set(self, weights: Weights) -> None:
+        """Put other numbers of the same delta in place, without touching the model's structure or a compiled graph."""
+        if weights.delta != self.delta:
+            raise DeltaTuneError(f"{self.name!r} holds {self.delta}; the weights given are for {weights.delta}.")
+        _check_tensors(weights, self.placements)
+        for name, tensor in self.named_parameters():
+            tensor.data.copy_(weights.tensors[name])
+
+    def detach(self) -> None:
+        """Take this delta off the model; raises `DeltaTuneError` when it is off already."""
+        if not self.attached:
+            raise DeltaTuneError(f"{self.name!r} is not attached any more.")
+        _remove(self)
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.attached:
+            self.detach()
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.parameters())
+        return f"<{'attached' if self.attached else 'detached'} {self.name}: {self.delta}, {count:,} parameters>"
+
+
+def key(name: str) -> str:
+    """Return the name under which the module system, which allows no dots, holds the tensor `name`."""
+    return name.replace(".", "/")
+
+
+def attach(
+    model: nn.Module, what: Weights | Delta | Method, name: str | None = None, seed: int = 0, check: bool = True
+) -> Attachment:
+    """Attach weights, or a delta with fresh weights, to `model` and freeze the backbone.
+
+    `check=False` accepts a backbone of the same structure with other values. Raises `DeltaTuneError`, leaving the model
+    as it was, when the name is taken, the backbone is another one, or the tensors do not fit.
+    """
+    weights = what if isinstance(what, Weights) else init(what, model, seed)
+    name = _free_name(model, name)
+    _check_backbone(weights.backbone, fingerprint(model), check)
+    placements = place(model, weights.delta)
+    _check_tensors(weights, placements)
+    leaves = _leaves(model, weights, placements)
+    edits, settings = _plan(model, placements, leaves)
+    attachment = Attachment(model, name, weights, placements, leaves)
+    _apply(attachment, edits, settings)
+    return attachment
+
+
+def _free_name(model: nn.Module, name: str | None) -> str:
+    deltas = model._modules.get("deltas")
+    if deltas is not None and not isinstance(deltas, Deltas):
+        raise DeltaTuneError("the model has a child called 'deltas' of its own, the name that deltatune reserves on the root.")
+    taken = deltas.attached if deltas is not None else {}
+    if name is None:
+        return next(f"delta{i}" for i in range(len(taken) + 1) if f"delta{i}" not in taken)
+    if name in taken:
+        raise DeltaTuneError(f"a delta called {name!r} is attached already ({taken[name].delta}); detach it or choose another name.")
+    if not name.isidentifier() or name in ("training", "attached", "frozen", "settings") or name in dir(nn.Module):
+        raise DeltaTuneError(f"{name!r} cannot be read as model.deltas.<name>; choose a plain name such as 'sst2'.")
+    return name
+
+
+def _check_backbone(wanted: Fingerprint, found: Fingerprint, check: bool) -> None:
+    if wanted.structure != found.structure:
+        raise DeltaTuneError(
+            f"the weights were made for another backbone: {wanted.family} (structure {wanted.structure}); this is {found.family} "
+            f"(structure {found.structure}), whose parameters have other names or shapes."
+        )
+    if check and wanted.values and found.values and wanted.values != found.values:
+        raise DeltaTuneError(
+            f"the weights were made for a {wanted.family} of the same shapes but with other values (fingerprint {wanted.values}, "
+            f"this one has {found.values}). Load that backbone, or pass check=False if you mean it."
+        )
+
+
+def _check_tensors(weights: Weights, placements: list[Placement]) -> None:
+    wanted = {p.name(leaf): d.shape for p in placements for leaf, d in p.leaves.items() if d.trained}
+    for name in wanted.keys() - weights.tensors.keys():
+        raise DeltaTuneError(f"the weights lack the tensor {name!r} of {weights.delta}.{nearest(name, weights.tensors)}")
+    for name, tensor in weights.tensors.items():
+        if name not in wanted:
+            raise DeltaTuneError(f"the weights hold the tensor {name!r}, which {weights.delta} does not declare.{nearest(name, wanted)}")
+        if tuple(tensor.shape) != wanted[name]:
+            raise DeltaTuneError(f"the tensor {name!r} has the shape {tuple(tensor.shape)}; this backbone needs {wanted[name]}.")
+
+
+def _leaves(model: nn.Module, weights: Weights, placements: list[Placement]) -> Leaves:
+    leaves = Leaves()
+    frozen = generate(model, placements, weights.seed, {}, trained=False)
+    for placement in placements:
+        here = next(model.get_submodule(placement.site.path).parameters()).device
+        for leaf, declared in placement.leaves.items():
+            name = placement.name(leaf)
+            if declared.trained and key(name) not in leaves._parameters:
+                leaves.register_parameter(key(name), nn.Parameter(weights.tensors[name].detach().to(here, copy=True)))
+            elif not declared.trained and key(name) not in leaves._buffers:
+                leaves.register_buffer(key(name), frozen[name].to(here), persistent=False)
+    return leaves
+
+
+def _plan(model: nn.Module, placements: list[Placement], leaves: Leaves) -> tuple[list[Edit], list[Setting]]:
+    edits: list[Edit] = []
+    settings: list[Setting] = []
+    parts = anatomy(model)
+    for placement in placements:
+        if placement.method.acts not in BUILDERS:
+            raise DeltaTuneError(f"{placement.method} needs the attention of a transformers model; import deltatune.backbones first.")
+        tensors = Tensors(placement.method, leaves, {leaf: key(placement.name(leaf)) for leaf in placement.leaves})
+        inner = replace(placement, method=placement.method.computes)
+        more, also = BUILDERS[placement.method.acts](model, parts, inner, tensors)
+        edits += more
+        settings += also
+    return edits, settings
+
+
+def _apply(attachment: Attachment, edits: list[Edit], settings: list[Setting]) -> None:
+    model, name = attachment.model, attachment.name
+    if "deltas" not in model._modules:
+        model.add_module("deltas", Deltas([(p, p.requires_grad) for p in model.parameters()]))
+        model.requires_grad_(False)
+    deltas: Any = model._modules["deltas"]
+    deltas.add_module(name, attachment.leaves)
+    deltas.attached[name] = attachment
+    for edit in edits:
+        if PORTS not in edit.module.__dict__:
+            edit.module.__dict__[PORTS] = Ports()
+            edit.module.__class__ = with_ports(type(edit.module))
+        ports: Ports = edit.module.__dict__[PORTS]
+        if (name, edit) not in ports.entries:  # sites may ask for the same thing around them
+            ports.change([*ports.entries, (name, edit)])
+    for setting in settings:
+        before = attrgetter(setting.attribute)(setting.owner)
+        if before != setting.value:
+            deltas.settings.append((setting, before))
+            setattr(setting.owner, setting.attribute, setting.value)
+
+
+def _remove(attachment: Attachment) -> None:
+    model, name = attachment.model, attachment.name
+    deltas: Any = model._modules["deltas"]
+    for module in list(model.modules()):
+        ports: Ports | None = module.__dict__.get(PORTS)
+        if ports is None:
+            continue
+        ports.change([entry for entry in ports.entries if entry[0] != name])
+        if not ports.entries:
+            del module.__dict__[PORTS]
+            module.__class__ = type(module)._deltatune_base  # type: ignore[attr-defined]
+    del deltas._modules[name], deltas.attached[name]
+    if not deltas.attached:
+        for setting, before in reversed(deltas.settings):
+            setattr(setting.owner, setting.attribute, before)
+        for parameter, trained in deltas.frozen:
+            parameter.requires_grad_(trained)
+        del model._modules["deltas"]
+
+
+def attachments(model: nn.Module) -> dict[str, Attachment]:
+    """Return the deltas attached to `model`, by name."""
+    deltas = model._modules.get("deltas")
+    return dict(deltas.attached) if isinstance(deltas, Deltas) else {}

@@ -1,0 +1,210 @@
+"""Deltas: methods at wheres. A delta is a value: it prints, hashes, compares, adds, and travels as text or JSON."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltatune.core.leaf import Leaf
+from deltatune.core.method import Method
+from deltatune.core.site import Anatomy, Site, anatomy
+from deltatune.core.spec import evaluate, from_json, literal, read
+from deltatune.core.where import select
+from deltatune.errors import DeltaTuneError
+
+
+@dataclass(frozen=True)
+class Term:
+    """One method at one where."""
+
+    where: str
+    method: Method
+
+    def __str__(self) -> str:
+        return str(self.method) if self.where == self.method.where else f"{self.method}.at({literal(self.where)})"
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A set of (where, method) pairs. `d1 + d2` does both, at one site in the order written; `Delta()` does nothing."""
+
+    terms: tuple[Term, ...] = ()
+
+    def __add__(self, other: Delta | Method) -> Delta:
+        return Delta(self.terms + as_delta(other).terms)
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.terms)) or "Delta()"
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return a JSON value that `parse` reads back."""
+        return [{"where": term.where, "method": term.method.to_json()} for term in self.terms]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One method at one site of one backbone, with the leaves it declares there; `term` is its index in the delta."""
+
+    term: int
+    method: Method
+    site: Site
+    leaves: dict[str, Leaf]
+
+    def name(self, leaf: str) -> str:
+        """Return the name of a leaf's tensor in the weights: `term.address.leaf`, or `term.*.leaf` when shared."""
+        return f"{self.term}.{'*' if self.leaves[leaf].scope == 'delta' else self.site.address}.{leaf}"
+
+
+def as_delta(what: Delta | Method) -> Delta:
+    """Return a method as the delta that does it at its default place; a delta as it is."""
+    return what if isinstance(what, Delta) else what.at(what.where)
+
+
+def parse(text: str | list[Any]) -> Delta:
+    """Read a delta from its text, e.g. `LoRA(rank=8).at("attn.{q,v}") + BitFit()`, or from its JSON value."""
+    if isinstance(text, str):
+        return _parse_sum(read(text), text)
+    try:
+        return Delta(tuple(Term(term["where"], from_json(term["method"], Method)) for term in text))
+    except (TypeError, KeyError) as error:
+        raise DeltaTuneError(f'a delta is a list of {{"where": ..., "method": {{...}}}}; found {text!r} ({error}).') from None
+
+
+def _parse_sum(node: ast.expr, text: str) -> Delta:
+    match node:
+        case ast.BinOp(op=ast.Add(), left=left, right=right):
+            return _parse_sum(left, text) + _parse_sum(right, text)
+        case ast.Call(func=ast.Name(id="Delta"), args=[], keywords=[]):
+            return Delta()
+        case ast.Call(func=ast.Attribute(value=value, attr="at"), args=[ast.Constant(value=str(where))], keywords=[]):
+            return _method(value, text).at(where)
+    return as_delta(_method(node, text))
+
+
+def _method(node: ast.expr, text: str) -> Method:
+    value = evaluate(node, text)
+    if not isinstance(value, Method):
+        raise DeltaTuneError(f"{ast.unparse(node)!r} in {text!r} is not a method; write for example LoRA(rank=8).at(\"attn.q\").")
+    return value
+
+
+def place(model: nn.Module, delta: Delta) -> list[Placement]:
+    """Find every site of `delta` in `model` and what each method declares there; touches nothing.
+
+    Raises `DeltaTuneError` when a where matches nothing or finds a site that its method cannot act on.
+    """
+    parts, placements = anatomy(model), []
+    for index, term in enumerate(delta.terms):
+        sites = _sites(model, term, parts)
+        if not sites:
+            raise DeltaTuneError(f"{term.where!r} of {term.method} matches nothing in this {parts.family}.")
+        placements += [Placement(index, term.method, site, term.method.leaves(site)) for site in sites]
+    _check_shared(placements)
+    return placements
+
+
+def _sites(model: nn.Module, term: Term, parts: Anatomy) -> list[Site]:
+    sites = select(model, term.where, parts)
+    for site in sites:
+        if site.kind not in term.method.kinds:
+            wanted = " or ".join(term.method.kinds)
+            raise DeltaTuneError(
+                f"{type(term.method).__name__} acts on a {wanted}, but {term.where!r} found the {site.kind} {site.path!r}; "
+                f"its default place is {term.method.where!r}."
+            )
+        if term.method.acts == "stream" and not site.width:
+            raise DeltaTuneError(f"the width of {site.path!r} is not known; address a linear or a norm inside it instead.")
+        if term.method.acts == "heads" and site.heads is None:
+            raise DeltaTuneError(f"{site.path!r} is not an attention whose heads are known; {term.method} needs the role attn or cross.")
+    return _tensors(model, sites) if term.method.acts == "tensor" else sites
+
+
+def _tensors(model: nn.Module, sites: list[Site]) -> list[Site]:
+    """Replace each site by one site for every parameter in it; a tied parameter is one site with ties."""
+    found: dict[int, Site] = {}
+    for site in sites:
+        if site.part:
+            raise DeltaTuneError(f"{site.role} is packed with other roles in {site.path!r}; name the whole module by path:{site.path}.")
+        for path, module in model.get_submodule(site.path).named_modules(prefix=site.path, remove_duplicate=False):
+            for name, tensor in module.named_parameters(recurse=False):
+                if path.split(".")[0] != "deltas":
+                    _add_tensor(found, replace(site, path=path, tensor=name, shape=tuple(tensor.shape)), tensor)
+    return list(found.values())
+
+
+def _add_tensor(found: dict[int, Site], site: Site, tensor: Tensor) -> None:
+    first = found.setdefault(id(tensor), site)
+    tie = (site.path, site.tensor or "")
+    if tie != (first.path, first.tensor) and tie not in first.ties:
+        found[id(tensor)] = replace(first, ties=(*first.ties, tie))
+
+
+def _check_shared(placements: list[Placement]) -> None:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for placement in placements:
+        for name, leaf in placement.leaves.items():
+            if leaf.scope == "delta" and shapes.setdefault(placement.name(name), leaf.shape) != leaf.shape:
+                raise DeltaTuneError(
+                    f"{placement.method} shares {name!r} over all its sites, but {placement.site.path!r} needs the shape {leaf.shape} "
+                    f"and an earlier site {shapes[placement.name(name)]}; write one term for each width."
+                )
+
+
+@dataclass(frozen=True)
+class SiteTable:
+    """The dry run of a delta on a backbone: where it would act and what it would train."""
+
+    delta: Delta
+    placements: tuple[Placement, ...]
+    backbone_parameters: int
+
+    @property
+    def tensors(self) -> dict[str, Leaf]:
+        """Every leaf by its name in the weights."""
+        return {p.name(leaf): declared for p in self.placements for leaf, declared in p.leaves.items()}
+
+    @property
+    def parameters(self) -> int:
+        """The number of trained parameters |delta|."""
+        return sum(_numel(leaf) for leaf in self.tensors.values() if leaf.trained)
+
+    @property
+    def share(self) -> float:
+        """Trained parameters over those of the backbone and the delta together, in percent (Ding et al., 2022, table 2)."""
+        return 100 * self.parameters / max(self.backbone_parameters + self.parameters, 1)
+
+    def rows(self) -> list[tuple[str, str, str, str, int]]:
+        """Return (path, role, method, leaf shapes, trained parameters) of each placement; shared leaves count once."""
+        seen: Counter[str] = Counter()
+        table = []
+        for p in self.placements:
+            shapes = ", ".join(f"{n} {list(leaf.shape)}" for n, leaf in p.leaves.items())
+            new = [n for n in p.leaves if not seen[p.name(n)]]
+            seen.update(p.name(n) for n in p.leaves)
+            table.append((p.site.address, p.site.role, str(p.method), shapes, sum(_numel(p.leaves[n]) for n in new if p.leaves[n].trained)))
+        return table
+
+    def __str__(self) -> str:
+        rows = [("path", "role", "method", "leaves", "parameters")] + [(*r[:4], f"{r[4]:,}") for r in self.rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = ["  ".join(c.rjust(w) if i == 4 else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))).rstrip() for r in rows]
+        total = f"{self.delta}: {len(self.placements)} sites, {self.parameters:,} parameters, {self.share:.3g} % of {self.backbone_parameters:,}"
+        return "\n".join([*lines, total])
+
+
+def _numel(leaf: Leaf) -> int:
+    count = 1
+    for size in leaf.shape:
+        count *= size
+    return count
+
+
+def sites(model: nn.Module, delta: Delta | Method) -> SiteTable:
+    """Show where `delta` would act in `model` and how many parameters it would train; touches nothing, works on meta tensors."""
+    delta = as_delta(delta)
+    own = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("deltas."))
+    return SiteTable(delta, tuple(place(model, delta)), own)

@@ -1,0 +1,148 @@
+"""Merging: a delta written into the backbone's own tensors. Computed in float32, cast once; the way back is to keep the originals."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.core.attach import Attachment
+from deltatune.core.delta import Placement, place
+from deltatune.core.method import OnLinear, OnTensor
+from deltatune.core.ports import Tensors
+from deltatune.core.weights import Weights, generate
+from deltatune.errors import DeltaTuneError
+
+Change = dict[tuple[str, str], Tensor]
+
+
+def merge(model: nn.Module, what: Weights | Attachment, untie: bool = False) -> dict[str, Tensor]:
+    """Return `{parameter path: new tensor}` for every parameter that the delta changes; the model is not touched.
+
+    `untie=True` allows a new tensor for one of several places that share a parameter. Raises `DeltaTuneError` for a
+    method that no weight can express, and when a value overflows the backbone's dtype.
+    """
+    weights = what.weights if isinstance(what, Attachment) else what
+    placements = place(model, weights.delta)
+    for placement in placements:
+        if "merge" in placement.method.breaks:
+            raise DeltaTuneError(f"{placement.method} cannot be merged: {placement.method.breaks['merge']}. Keep it attached.")
+    holder = _holder(model, weights, placements)
+    changed: Change = {}
+    for placement in placements:
+        tensors = Tensors(placement.method, holder, {leaf: placement.name(leaf).replace(".", "/") for leaf in placement.leaves})
+        _apply(model, placement, tensors, changed)
+    _check_ties(model, placements, changed, untie)
+    return {".".join(filter(None, place)): _cast(model, place, tensor) for place, tensor in changed.items()}
+
+
+def _holder(model: nn.Module, weights: Weights, placements: list[Placement]) -> nn.Module:
+    holder = nn.Module()
+    for name, tensor in {**generate(model, placements, weights.seed, {}, trained=False), **weights.tensors}.items():
+        holder.register_buffer(name.replace(".", "/"), tensor)
+    return holder
+
+
+@torch.no_grad()
+def _apply(model: nn.Module, placement: Placement, tensors: Tensors, changed: Change) -> None:
+    site, method = placement.site, placement.method.computes
+    if isinstance(method, OnTensor):
+        for path, name in [(site.path, site.tensor or ""), *site.ties]:
+            before = changed.get((path, name), _own(model, path, name))
+            changed[path, name] = method.value(tensors(before.dtype), before)  # type: ignore[arg-type,union-attr]
+    elif isinstance(method, OnLinear):
+        _apply_linear(model, placement, method, tensors, changed)
+
+
+def _apply_linear(model: nn.Module, placement: Placement, method: OnLinear, tensors: Tensors, changed: Change) -> None:
+    site, module = placement.site, model.get_submodule(placement.site.path)
+    p = tensors(_precise(next(module.parameters())))
+    if site.kind == "linear":
+        stored = changed.get((site.path, "weight"), _own(model, site.path, "weight"))
+        W = stored.mT if site.transposed else stored  # type: ignore[union-attr]
+        part = W if site.part is None else site.part.take(W, 0)
+        new = method.weight(p, part)
+        if new is not part:
+            W = new if site.part is None else site.part.put(W, new, 0)
+            changed[site.path, "weight"] = W.mT if site.transposed else W
+    bias = changed.get((site.path, "bias"), _own(model, site.path, "bias"))
+    part_bias = bias if bias is None or site.part is None else site.part.take(bias, 0)
+    new_bias = method.bias(p, part_bias)
+    if new_bias is not None and new_bias is not part_bias:
+        if bias is None and not isinstance(module, nn.Linear):
+            raise DeltaTuneError(f"{method} gives {site.path!r} a bias, but a {type(module).__name__} cannot hold one. Keep it attached.")
+        changed[site.path, "bias"] = new_bias if bias is None or site.part is None else site.part.put(bias, new_bias, 0)
+
+
+def _own(model: nn.Module, path: str, name: str) -> Tensor | None:
+    parameter = model.get_submodule(path)._parameters.get(name)
+    return None if parameter is None else parameter.detach().to("cpu", _precise(parameter))
+
+
+def _precise(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _cast(model: nn.Module, place: tuple[str, str], tensor: Tensor) -> Tensor:
+    module = model.get_submodule(place[0])
+    own = module._parameters.get(place[1])
+    like = own if own is not None else module._parameters["weight"]
+    new = tensor.to(like.device, like.dtype).contiguous()  # type: ignore[union-attr]
+    if not torch.isfinite(new).all():
+        cause = "holds NaN or infinity" if not torch.isfinite(tensor).all() else f"overflows {new.dtype}"
+        raise DeltaTuneError(f"the merged {'.'.join(place)} {cause}; nothing was changed.")
+    return new
+
+
+def _check_ties(model: nn.Module, placements: list[Placement], changed: Change, untie: bool) -> None:
+    owners: Counter[int] = Counter()
+    for module in model.modules():
+        owners.update(id(p) for p in module._parameters.values() if p is not None)
+    mine: Counter[int] = Counter(id(model.get_submodule(path)._parameters.get(name)) for path, name in changed)
+    for path, name in changed:
+        parameter = model.get_submodule(path)._parameters.get(name)
+        if parameter is not None and owners[id(parameter)] > mine[id(parameter)] and not untie:
+            raise DeltaTuneError(f"{path}.{name} is shared with another module that the delta does not change; pass untie=True to give it its own copy.")
+
+
+@dataclass
+class Merged:
+    """A backbone with a delta written into it, and the originals for an exact undo (also by leaving its `with` block)."""
+
+    model: nn.Module
+    originals: list[tuple[nn.Module, str, nn.Parameter | None]] = field(default_factory=list)
+
+    def undo(self) -> None:
+        """Put the very parameters back that were there before."""
+        for module, name, parameter in reversed(self.originals):
+            module._parameters[name] = parameter
+        self.originals.clear()
+
+    def __enter__(self) -> Merged:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.undo()
+
+
+def merge_(model: nn.Module, what: Weights | Attachment, untie: bool = False) -> Merged:
+    """Detach the delta if it is attached and write it into the backbone; the result undoes the writing exactly."""
+    state = merge(model, what, untie)
+    if isinstance(what, Attachment) and what.attached:
+        what.detach()
+    merged = Merged(model)
+    renewed: dict[int, nn.Parameter] = {}
+    for path, tensor in state.items():
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        before = module._parameters.get(name)
+        trained = before is not None and before.requires_grad
+        new = renewed.setdefault(id(before) if before is not None else id(tensor), nn.Parameter(tensor, requires_grad=trained))
+        merged.originals.append((module, name, before))
+        module._parameters[name] = new
+    return merged
+
+

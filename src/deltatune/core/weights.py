@@ -1,0 +1,192 @@
+"""Weights: a delta's numbers for one backbone, as named tensors, a spec and the backbone's fingerprint.
+
+On disk: `delta.safetensors`, whose header holds the spec as JSON, and a readable copy of it, `delta.json`.
+Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Generator, Tensor, nn
+
+from deltatune.core.delta import Delta, Placement, Term, as_delta, parse, place
+from deltatune.core.leaf import Given, Leaf
+from deltatune.core.method import Bag, Method
+from deltatune.errors import DeltaTuneError
+from deltatune.files import write_bytes, write_json
+
+FORMAT = "deltatune-1"
+SAMPLES = 64  # values of each parameter that the fingerprint looks at
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What identifies a backbone: a hash of its parameter names and shapes, and one of a sample of its values.
+
+    The sample is taken in bfloat16, so that a backbone keeps its fingerprint when it is loaded in another float type.
+    """
+
+    family: str
+    structure: str
+    values: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fingerprint as a JSON object."""
+        return {"family": self.family, "structure": self.structure, "values": self.values}
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Return the fingerprint of a backbone, without what deltas add to it."""
+    shapes, values, known = hashlib.sha256(), hashlib.sha256(), True
+    for name, tensor in model.named_parameters():
+        if name.startswith("deltas."):
+            continue
+        shapes.update(f"{name}{list(tensor.shape)}".encode())
+        known = known and not tensor.is_meta and tensor.is_floating_point()
+        if known:
+            flat = tensor.detach().reshape(-1)
+            picked = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+            sample = flat[picked.to(flat.device)].to("cpu", torch.bfloat16)
+            values.update(sample.view(torch.int16).numpy().tobytes())
+    return Fingerprint(type(model).__name__, shapes.hexdigest()[:16], values.hexdigest()[:16] if known else None)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A delta's numbers: `tensors` by the names of `Placement.name`, for the backbone of `backbone`.
+
+    Leaves that are not trained are not held: `seed` regenerates them.
+    """
+
+    delta: Delta
+    tensors: Mapping[str, Tensor]
+    backbone: Fingerprint
+    seed: int = 0
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """The number of trained parameters."""
+        return sum(t.numel() for t in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the tensors in bytes."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def spec(self) -> dict[str, Any]:
+        """Return everything but the numbers, as JSON."""
+        return {
+            "format": FORMAT,
+            "delta": self.delta.to_json(),
+            "text": str(self.delta),
+            "backbone": self.backbone.to_json(),
+            "seed": self.seed,
+            "notes": dict(self.notes),
+        }
+
+    def write(self, folder: Path | str) -> None:
+        """Write `delta.safetensors` and `delta.json` into `folder`, each in one step; the old ones stay if the disk refuses."""
+        for name, tensor in self.tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise DeltaTuneError(f"the tensor {name!r} holds NaN or infinity; nothing was written to {folder}.")
+        tensors = {n: t.detach().to("cpu").contiguous() for n, t in self.tensors.items()}
+        write_bytes(Path(folder) / "delta.safetensors", to_bytes(tensors, {"deltatune": json.dumps(self.spec())}))
+        write_json(Path(folder) / "delta.json", self.spec())
+
+    @staticmethod
+    def read(path: Path | str) -> Weights:
+        """Read weights from a folder or file; raises `DeltaTuneError` for pickles and for foreign, truncated or malformed files."""
+        path = _weights_file(Path(path))
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = (file.metadata() or {}).get("deltatune")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise DeltaTuneError(f"{path} is not a whole safetensors file ({error}); it may be truncated: copy or save it again.") from None
+        if header is None:
+            some = ", ".join(sorted(tensors)[:3])
+            raise DeltaTuneError(f"{path} is a safetensors file, but deltatune did not write it (tensors: {some} ...); it has no delta spec.")
+        return _from_header(json.loads(header), tensors, path)
+
+
+def _weights_file(path: Path) -> Path:
+    if path.suffix in PICKLES:
+        raise DeltaTuneError(f"{path} is a pickle, which can run any code when it is opened; deltatune reads safetensors only.")
+    file = path / "delta.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        found = sorted(p.name for p in path.iterdir())[:5] if path.is_dir() else []
+        there = f"; {path} holds {', '.join(found) or 'nothing'}" if path.is_dir() else ""
+        raise DeltaTuneError(f"there is no file {file}{there}. Give the folder that deltatune saved to.")
+    return file
+
+
+def _from_header(spec: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> Weights:
+    if spec.get("format") != FORMAT:
+        raise DeltaTuneError(f"{path} has the format {spec.get('format')!r}; this version of deltatune reads {FORMAT!r}.")
+    return Weights(parse(spec["delta"]), tensors, Fingerprint(**spec["backbone"]), spec["seed"], spec.get("notes", {}))
+
+
+def init(delta: Delta | Method, model: nn.Module, seed: int = 0, evidence: Mapping[str, Any] | None = None) -> Weights:
+    """Return fresh weights of `delta` for `model`: float32 CPU tensors that depend on (seed, site, leaf) alone.
+
+    `evidence` supplies what an initialiser declares in `needs` (a tokenizer, say); raises `DeltaTuneError` when it lacks.
+    """
+    delta = as_delta(delta)
+    placements = place(model, delta)
+    tensors = generate(model, placements, seed, evidence or {}, trained=True)
+    return Weights(delta, tensors, fingerprint(model), seed)
+
+
+def generate(model: nn.Module, placements: list[Placement], seed: int, evidence: Mapping[str, Any], trained: bool) -> dict[str, Tensor]:
+    """Return the start of all leaves that are trained, or of all that are not."""
+    tensors: dict[str, Tensor] = {}
+    used: dict[str, int] = {}
+    for placement in placements:
+        for leaf, declared in placement.leaves.items():
+            name = placement.name(leaf)
+            if declared.trained is not trained or name in tensors:
+                continue
+            identity = name.partition(".")[2]
+            used[identity] = used.get(identity, -1) + 1
+            tensors[name] = _start(model, placement, leaf, declared, f"{seed}|{identity}|{used[identity]}", evidence)
+    return tensors
+
+
+def _start(model: nn.Module, placement: Placement, leaf: str, declared: Leaf, identity: str, evidence: Mapping[str, Any]) -> Tensor:
+    lacking = declared.init.needs - set(evidence)
+    if lacking:
+        raise DeltaTuneError(f"{placement.method} starts from {sorted(lacking)}: pass init(..., evidence={{{sorted(lacking)[0]!r}: ...}}).")
+    generator = Generator().manual_seed(int.from_bytes(hashlib.sha256(identity.encode()).digest()[:7], "big"))
+    own = dict(model.get_submodule(placement.site.path).named_parameters(recurse=False))
+    if placement.site.tensor:
+        own["theta"] = own[placement.site.tensor]
+    tensor = declared.init.fill(declared.shape, generator, Given(own, evidence))
+    if tuple(tensor.shape) != declared.shape:
+        raise DeltaTuneError(f"{declared.init} gave the shape {tuple(tensor.shape)} for {leaf!r} of {placement.method}; it needs {declared.shape}.")
+    return tensor
+
+
+def flatten(model: nn.Module, weights: Weights) -> Weights:
+    """Return the same delta without its reparameterizations: what their maps compute, as plain leaves (Li and Liang, 2021)."""
+    tensors: dict[str, Tensor] = {}
+    for placement in place(model, weights.delta):
+        held = {leaf: weights.tensors[placement.name(leaf)] for leaf, d in placement.leaves.items() if d.trained}
+        if placement.method.computes is placement.method:
+            tensors.update({placement.name(leaf): tensor for leaf, tensor in held.items()})
+            continue
+        with torch.no_grad():
+            plain = vars(placement.method.unfold(Bag(held)))
+        tensors.update({f"{placement.term}.{placement.site.address}.{leaf}": t.contiguous() for leaf, t in plain.items()})
+    delta = Delta(tuple(Term(term.where, term.method.computes) for term in weights.delta.terms))
+    return Weights(delta, tensors, weights.backbone, weights.seed, weights.notes)
