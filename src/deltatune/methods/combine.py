@@ -1,0 +1,100 @@
+"""Combinators: methods made of methods.
+
+    Reparam(inner, through):   leaves of inner = through(fewer or other leaves)
+
+`MLP` computes leaves of shape [length, c] from one matrix that all sites share (Li and Liang, 2021; P-tuning: Liu et al., 2021):
+
+    leaf_i = tanh(E W^T + b) W_i^T + b_i        E: [length, size]   W: [hidden, size]   W_i: [c, hidden]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deltatune.core.leaf import Init, KaimingUniform, Leaf, Normal, Zeros
+from deltatune.core.method import Bag, Method
+from deltatune.core.site import Site
+from deltatune.core.spec import Spec
+from deltatune.errors import DeltaTuneError
+
+
+class Map(Spec):
+    """A way to compute a method's leaves from others."""
+
+    def leaves(self, inner: dict[str, Leaf]) -> dict[str, Leaf]:
+        """Declare the leaves that are trained instead of `inner`."""
+        raise NotImplementedError
+
+    def unfold(self, p: Any) -> dict[str, Tensor]:
+        """Return the inner leaves by name."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MLP(Map):
+    """leaf_i = tanh(E W^T + b) W_i^T + b_i, with E, W, b shared by all sites; parameters: length size + hidden size + hidden + sum c (hidden + 1)."""
+
+    size: int = 512
+    hidden: int = 512
+    init: Init = Normal(0.02)
+
+    def leaves(self, inner: dict[str, Leaf]) -> dict[str, Leaf]:
+        lengths = {leaf.shape[0] for leaf in inner.values()}
+        if len(lengths) != 1 or any(len(leaf.shape) != 2 for leaf in inner.values()):
+            raise DeltaTuneError(f"an MLP makes leaves of shape [length, c] with one length; found {[leaf.shape for leaf in inner.values()]}.")
+        shared = {
+            "E": Leaf((lengths.pop(), self.size), self.init, scope="delta"),
+            "W": Leaf((self.hidden, self.size), KaimingUniform(), scope="delta"),
+            "b": Leaf((self.hidden,), Zeros(), scope="delta"),
+        }
+        out = {f"W_{name}": Leaf((leaf.shape[1], self.hidden), KaimingUniform()) for name, leaf in inner.items()}
+        return {**shared, **out, **{f"b_{name}": Leaf((leaf.shape[1],)) for name, leaf in inner.items()}}
+
+    def unfold(self, p: Any) -> dict[str, Tensor]:
+        h, leaves = torch.tanh(F.linear(p.E, p.W, p.b)), vars(p)
+        names = [name.removeprefix("W_") for name in leaves if name.startswith("W_")]
+        return {name: F.linear(h, leaves[f"W_{name}"], leaves[f"b_{name}"]) for name in names}
+
+
+@dataclass(frozen=True)
+class Reparam(Method):
+    """A method whose leaves are computed `through` a map from the leaves that are trained."""
+
+    inner: Method
+    through: Map = MLP()
+
+    @property
+    def where(self) -> str:  # type: ignore[override]
+        """The inner method's default place."""
+        return self.inner.where
+
+    @property
+    def acts(self) -> str:  # type: ignore[override]
+        """The inner method's interface."""
+        return self.inner.acts
+
+    @property
+    def kinds(self) -> Any:  # type: ignore[override]
+        """The kinds of site that the inner method can act on."""
+        return self.inner.kinds
+
+    @property
+    def breaks(self) -> Any:  # type: ignore[override]
+        """The laws that the inner method breaks, and neutrality, which a network does not start with."""
+        return {**self.inner.breaks, "identity": "the map's output is not the inner method's neutral start"}
+
+    def leaves(self, site: Site) -> dict[str, Leaf]:
+        return self.through.leaves(self.inner.leaves(site))
+
+    @property
+    def computes(self) -> Method:
+        """The method that acts on what the map makes."""
+        return self.inner.computes
+
+    def unfold(self, p: Any) -> Any:
+        return self.inner.unfold(Bag(self.through.unfold(p)))
