@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 
 import pytest
-from tests import tiny
 import torch
 from torch import Tensor, nn
 
 import deltatune as dt
 from deltatune.core.method import Method, registry
+from tests import tiny
 
 dt.LoRA  # noqa: B018  (defines the methods and the anatomies)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from tests import tiny
 import torch
-from tests.laws.cases import BACKBONES, METHODS, busy, cases, delta_of, gradients, output
 
 import deltatune as dt
+from tests import tiny
+from tests.laws.cases import BACKBONES, METHODS, busy, cases, delta_of, gradients, output
 
 
 def portrait(model):

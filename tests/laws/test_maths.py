@@ -5,14 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from tests import tiny
 import torch
-from tests.laws.cases import BACKBONES, METHODS, busy, cases, delta_of, output
 from torch.nn import functional as F
 
 import deltatune as dt
 from deltatune.core.method import OnLinear
 from deltatune.core.site import Site
+from tests import tiny
+from tests.laws.cases import BACKBONES, METHODS, busy, cases, delta_of, output
 
 
 @torch.no_grad()
@@ -45,7 +45,9 @@ def test_the_cheap_road_equals_the_weight_that_defines_the_method(label, bias):
     method, (d_in, d_out) = LINEAR[label], (24, 40)
     site = Site(role="attn.q", path="", kind="linear", d_in=d_in, d_out=d_out, bias=bias)
     generator = torch.Generator().manual_seed(3)
-    leaves = {n: torch.randn(leaf.shape, generator=generator, dtype=torch.float64) for n, leaf in method.leaves(site).items()}
+    leaves = {
+        n: torch.randn(leaf.shape, generator=generator, dtype=torch.float64) for n, leaf in method.leaves(site).items()
+    }
     p = SimpleNamespace(**leaves)
     W = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
     b = torch.randn(d_out, generator=generator, dtype=torch.float64) if bias else None
@@ -60,7 +62,9 @@ def test_the_merged_backbone_computes_what_the_attached_one_does(method, name):
     model = BACKBONES[name]().double()
     delta = delta_of(method, name)
     if isinstance(method, dt.BitFit) and name in ("llama", "t5"):
-        delta = method.at("{attn.{q,k,v,o},ffn.{up,down}}")  # their norms cannot hold a bias, which merge says (test below)
+        delta = method.at(
+            "{attn.{q,k,v,o},ffn.{up,down}}"
+        )  # their norms cannot hold a bias, which merge says (test below)
     weights = busy(dt.init(delta, model))
     before = output(model)
     with dt.attach(model, weights):

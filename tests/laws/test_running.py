@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tests import tiny
 import torch
-from tests.laws.cases import BACKBONES, CAUSAL, GENERATING, busy, cases, delta_of, output
 
 import deltatune as dt
+from tests import tiny
+from tests.laws.cases import BACKBONES, CAUSAL, GENERATING, busy, cases, delta_of, output
 
 
 @torch.no_grad()
@@ -61,7 +61,16 @@ def test_padding_on_either_side_does_not_change_a_row(method, name):
     left["input_ids"][mask_left] = right["input_ids"][mask_right]
     with dt.attach(model, busy(dt.init(method, model))):
         a, b = output(model, **right), output(model, **left)
-        rows = [output(model, **{k: (v[i : i + 1] if k.startswith("dec") else v[i : i + 1][:, mask_right[i]]) for k, v in right.items()}) for i in range(3)]
+        rows = [
+            output(
+                model,
+                **{
+                    k: (v[i : i + 1] if k.startswith("dec") else v[i : i + 1][:, mask_right[i]])
+                    for k, v in right.items()
+                },
+            )
+            for i in range(3)
+        ]
     for i, row in enumerate(rows):
         torch.testing.assert_close((a[i] if name == "t5" else a[i][mask_right[i]]), row[0], rtol=0, atol=2e-5)
         if name != "bert":  # learned positions make BERT itself depend on the side of the padding

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from tests.laws.cases import BACKBONES, METHODS, busy, cases, delta_of, output
 
 import deltatune as dt
+from tests.laws.cases import BACKBONES, METHODS, busy, cases, delta_of, output
 
 
 @pytest.mark.parametrize("label", METHODS)

@@ -33,7 +33,7 @@ class HeadsPort(Port):
         self.lookup = lookup
 
     def extra(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        K, V = self.method.prefix(self.tensors(key.dtype), self.site.heads.key)
+        K, V = self.method.prefix(self.tensors(key.dtype), key.shape[1])
         return K[None], V[None]
 
 
@@ -73,7 +73,9 @@ def _mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, le
         return F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
     if query.shape[2] == 1 or not module.is_causal:
         return None
-    causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - query.shape[2])
+    causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(
+        key.shape[2] - query.shape[2]
+    )
     return F.pad(causal, (length, 0), value=True)[None, None]
 
 
@@ -83,12 +85,16 @@ def register(source: str, implementation: str) -> str:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if "flash" in implementation or "flex" in implementation:
-        raise DeltaTuneError(f"keys and values cannot be added to {implementation!r} attention; load the backbone with attn_implementation='sdpa'.")
+        raise DeltaTuneError(
+            f"keys and values cannot be added to {implementation!r} attention; load the backbone with attn_implementation='sdpa'."
+        )
     eager = implementation == "eager"
     name = NAME + implementation + ("_" + source.rpartition(".")[2] if eager else "")
     if name not in ALL_ATTENTION_FUNCTIONS:
         # every family has its own eager attention, in the file that defines its modules
-        base = vars(import_module(source))["eager_attention_forward"] if eager else ALL_ATTENTION_FUNCTIONS[implementation]
+        base = (
+            vars(import_module(source))["eager_attention_forward"] if eager else ALL_ATTENTION_FUNCTIONS[implementation]
+        )
         ALL_ATTENTION_FUNCTIONS.register(name, extend(base))
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     return name
@@ -118,7 +124,9 @@ class Lookup:
         register(self.source, self.implementation)
 
 
-def _heads(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> tuple[list[Edit], list[Setting]]:
+def _heads(
+    model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors
+) -> tuple[list[Edit], list[Setting]]:
     module = model.get_submodule(placement.site.path)
     lookup = Lookup(module)
     edits = [Edit(module, "heads", HeadsPort(placement.site, placement.method, tensors, lookup))]

@@ -25,6 +25,7 @@ from deltatune.core.ports import BUILDERS, PORTS, Edit, Port, Setting, Tensors
 from deltatune.core.site import Anatomy, Stack
 from deltatune.errors import DeltaTuneError
 
+
 class Prompt(Port):
     """The prompt of one stack: its tokens, and on a causal stack what every layer made of them in the current sequence."""
 
@@ -118,7 +119,9 @@ class EncoderPrompt:
         if name not in ("attention_mask", "token_type_ids", "position_ids") or value is None:
             return value
         if value.dim() != 2:
-            raise DeltaTuneError(f"a soft prompt needs {name} as [batch, length]; found the shape {tuple(value.shape)}.")
+            raise DeltaTuneError(
+                f"a soft prompt needs {name} as [batch, length]; found the shape {tuple(value.shape)}."
+            )
         if name == "position_ids":
             behind = torch.arange(value.shape[1], device=value.device)[None] >= start
             first = torch.where(start > 0, value.gather(1, (start - 1).clamp(min=0)) + 1, value[:, :1])
@@ -158,7 +161,9 @@ class CrossMask:
         return (), given
 
 
-def _tokens(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> tuple[list[Edit], list[Setting]]:
+def _tokens(
+    model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors
+) -> tuple[list[Edit], list[Setting]]:
     stack = anatomy.stack(placement.site.stack)
     module = reader(model, stack)
     prompt = Prompt(placement, tensors, stack, model)
@@ -175,7 +180,8 @@ def _tokens(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: T
 def _causal(model: nn.Module, anatomy: Anatomy, prompt: Prompt, module: nn.Module) -> tuple[list[Edit], list[Setting]]:
     if prompt.stack.positions == "bias" or any(place.role == "cross" for place in anatomy.places):
         raise DeltaTuneError(
-            f"{prompt.method} on the decoder of this {anatomy.family} is not supported; its default place, the encoder's input, is {prompt.method.where!r}."
+            f"{prompt.method} on the decoder of this {anatomy.family} is not supported;"
+            f" its default place, the encoder's input, is {prompt.method.where!r}."
         )
     edits, settings = [Edit(module, "pre", CausalPrompt(prompt))], []
     if prompt.stack.positions == "rotary":

@@ -16,11 +16,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltatune.core.delta import Delta, Placement, place
+from deltatune.core.fit import check_backbone, check_tensors
 from deltatune.core.method import Method
 from deltatune.core.ports import BUILDERS, PORTS, Edit, Setting, Tensors
 from deltatune.core.site import anatomy
-from deltatune.core.weights import Fingerprint, Weights, fingerprint, generate, init
-from deltatune.errors import DeltaTuneError, nearest
+from deltatune.core.weights import Weights, fingerprint, generate, init
+from deltatune.errors import DeltaTuneError
 
 BASE = "_deltatune_base"
 
@@ -112,7 +113,9 @@ class Deltas(nn.Module):
 class Attachment:
     """A live link between weights and a backbone; undone by `detach()` or by leaving its `with` block."""
 
-    def __init__(self, model: nn.Module, name: str, source: Weights, placements: list[Placement], leaves: Leaves) -> None:
+    def __init__(
+        self, model: nn.Module, name: str, source: Weights, placements: list[Placement], leaves: Leaves
+    ) -> None:
         self.model, self.name, self.leaves = model, name, leaves
         self.delta, self.placements = source.delta, placements
         self._source = source
@@ -146,7 +149,7 @@ class Attachment:
         """Put other numbers of the same delta in place, without touching the model's structure or a compiled graph."""
         if weights.delta != self.delta:
             raise DeltaTuneError(f"{self.name!r} holds {self.delta}; the weights given are for {weights.delta}.")
-        _check_tensors(weights, self.placements)
+        check_tensors(weights, self.placements)
         for name, tensor in self.named_parameters():
             tensor.data.copy_(weights.tensors[name])
 
@@ -159,7 +162,9 @@ class Attachment:
     def __enter__(self) -> Attachment:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.attached:
             self.detach()
 
@@ -183,9 +188,9 @@ def attach(
     """
     weights = what if isinstance(what, Weights) else init(what, model, seed)
     name = _free_name(model, name)
-    _check_backbone(weights.backbone, fingerprint(model), check)
+    check_backbone(weights.backbone, fingerprint(model), check)
     placements = place(model, weights.delta)
-    _check_tensors(weights, placements)
+    check_tensors(weights, placements)
     leaves = _leaves(model, weights, placements)
     edits, settings = _plan(model, placements, leaves)
     attachment = Attachment(model, name, weights, placements, leaves)
@@ -196,39 +201,19 @@ def attach(
 def _free_name(model: nn.Module, name: str | None) -> str:
     deltas = model._modules.get("deltas")
     if deltas is not None and not isinstance(deltas, Deltas):
-        raise DeltaTuneError("the model has a child called 'deltas' of its own, the name that deltatune reserves on the root.")
+        raise DeltaTuneError(
+            "the model has a child called 'deltas' of its own, the name that deltatune reserves on the root."
+        )
     taken = deltas.attached if deltas is not None else {}
     if name is None:
         return next(f"delta{i}" for i in range(len(taken) + 1) if f"delta{i}" not in taken)
     if name in taken:
-        raise DeltaTuneError(f"a delta called {name!r} is attached already ({taken[name].delta}); detach it or choose another name.")
+        raise DeltaTuneError(
+            f"a delta called {name!r} is attached already ({taken[name].delta}); detach it or choose another name."
+        )
     if not name.isidentifier() or name in ("training", "attached", "frozen", "settings") or name in dir(nn.Module):
         raise DeltaTuneError(f"{name!r} cannot be read as model.deltas.<name>; choose a plain name such as 'sst2'.")
     return name
-
-
-def _check_backbone(wanted: Fingerprint, found: Fingerprint, check: bool) -> None:
-    if wanted.structure != found.structure:
-        raise DeltaTuneError(
-            f"the weights were made for another backbone: {wanted.family} (structure {wanted.structure}); this is {found.family} "
-            f"(structure {found.structure}), whose parameters have other names or shapes."
-        )
-    if check and wanted.values and found.values and wanted.values != found.values:
-        raise DeltaTuneError(
-            f"the weights were made for a {wanted.family} of the same shapes but with other values (fingerprint {wanted.values}, "
-            f"this one has {found.values}). Load that backbone, or pass check=False if you mean it."
-        )
-
-
-def _check_tensors(weights: Weights, placements: list[Placement]) -> None:
-    wanted = {p.name(leaf): d.shape for p in placements for leaf, d in p.leaves.items() if d.trained}
-    for name in wanted.keys() - weights.tensors.keys():
-        raise DeltaTuneError(f"the weights lack the tensor {name!r} of {weights.delta}.{nearest(name, weights.tensors)}")
-    for name, tensor in weights.tensors.items():
-        if name not in wanted:
-            raise DeltaTuneError(f"the weights hold the tensor {name!r}, which {weights.delta} does not declare.{nearest(name, wanted)}")
-        if tuple(tensor.shape) != wanted[name]:
-            raise DeltaTuneError(f"the tensor {name!r} has the shape {tuple(tensor.shape)}; this backbone needs {wanted[name]}.")
 
 
 def _leaves(model: nn.Module, weights: Weights, placements: list[Placement]) -> Leaves:
@@ -251,7 +236,9 @@ def _plan(model: nn.Module, placements: list[Placement], leaves: Leaves) -> tupl
     parts = anatomy(model)
     for placement in placements:
         if placement.method.acts not in BUILDERS:
-            raise DeltaTuneError(f"{placement.method} needs the attention of a transformers model; import deltatune.backbones first.")
+            raise DeltaTuneError(
+                f"{placement.method} needs the attention of a transformers model; import deltatune.backbones first."
+            )
         tensors = Tensors(placement.method, leaves, {leaf: key(placement.name(leaf)) for leaf in placement.leaves})
         inner = replace(placement, method=placement.method.computes)
         more, also = BUILDERS[placement.method.acts](model, parts, inner, tensors)

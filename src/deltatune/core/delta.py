@@ -71,7 +71,9 @@ def parse(text: str | list[Any]) -> Delta:
     try:
         return Delta(tuple(Term(term["where"], from_json(term["method"], Method)) for term in text))
     except (TypeError, KeyError) as error:
-        raise DeltaTuneError(f'a delta is a list of {{"where": ..., "method": {{...}}}}; found {text!r} ({error}).') from None
+        raise DeltaTuneError(
+            f'a delta is a list of {{"where": ..., "method": {{...}}}}; found {text!r} ({error}).'
+        ) from None
 
 
 def _parse_sum(node: ast.expr, text: str) -> Delta:
@@ -88,7 +90,9 @@ def _parse_sum(node: ast.expr, text: str) -> Delta:
 def _method(node: ast.expr, text: str) -> Method:
     value = evaluate(node, text)
     if not isinstance(value, Method):
-        raise DeltaTuneError(f"{ast.unparse(node)!r} in {text!r} is not a method; write for example LoRA(rank=8).at(\"attn.q\").")
+        raise DeltaTuneError(
+            f'{ast.unparse(node)!r} in {text!r} is not a method; write for example LoRA(rank=8).at("attn.q").'
+        )
     return value
 
 
@@ -117,9 +121,13 @@ def _sites(model: nn.Module, term: Term, parts: Anatomy) -> list[Site]:
                 f"its default place is {term.method.where!r}."
             )
         if term.method.acts == "stream" and not site.width:
-            raise DeltaTuneError(f"the width of {site.path!r} is not known; address a linear or a norm inside it instead.")
+            raise DeltaTuneError(
+                f"the width of {site.path!r} is not known; address a linear or a norm inside it instead."
+            )
         if term.method.acts == "heads" and site.heads is None:
-            raise DeltaTuneError(f"{site.path!r} is not an attention whose heads are known; {term.method} needs the role attn or cross.")
+            raise DeltaTuneError(
+                f"{site.path!r} is not an attention whose heads are known; {term.method} needs the role attn or cross."
+            )
     return _tensors(model, sites) if term.method.acts == "tensor" else sites
 
 
@@ -128,7 +136,9 @@ def _tensors(model: nn.Module, sites: list[Site]) -> list[Site]:
     found: dict[int, Site] = {}
     for site in sites:
         if site.part:
-            raise DeltaTuneError(f"{site.role} is packed with other roles in {site.path!r}; name the whole module by path:{site.path}.")
+            raise DeltaTuneError(
+                f"{site.role} is packed with other roles in {site.path!r}; name the whole module by path:{site.path}."
+            )
         for path, module in model.get_submodule(site.path).named_modules(prefix=site.path, remove_duplicate=False):
             for name, tensor in module.named_parameters(recurse=False):
                 if path.split(".")[0] != "deltas":
@@ -185,14 +195,28 @@ class SiteTable:
             shapes = ", ".join(f"{n} {list(leaf.shape)}" for n, leaf in p.leaves.items())
             new = [n for n in p.leaves if not seen[p.name(n)]]
             seen.update(p.name(n) for n in p.leaves)
-            table.append((p.site.address, p.site.role, str(p.method), shapes, sum(_numel(p.leaves[n]) for n in new if p.leaves[n].trained)))
+            table.append(
+                (
+                    p.site.address,
+                    p.site.role,
+                    str(p.method),
+                    shapes,
+                    sum(_numel(p.leaves[n]) for n in new if p.leaves[n].trained),
+                )
+            )
         return table
 
     def __str__(self) -> str:
         rows = [("path", "role", "method", "leaves", "parameters")] + [(*r[:4], f"{r[4]:,}") for r in self.rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = ["  ".join(c.rjust(w) if i == 4 else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))).rstrip() for r in rows]
-        total = f"{self.delta}: {len(self.placements)} sites, {self.parameters:,} parameters, {self.share:.3g} % of {self.backbone_parameters:,}"
+        lines = [
+            "  ".join(
+                c.rjust(w) if i == 4 else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))
+            ).rstrip()
+            for r in rows
+        ]
+        share = f"{self.share:.3g} % of {self.backbone_parameters:,}"
+        total = f"{self.delta}: {len(self.placements)} sites, {self.parameters:,} parameters, {share}"
         return "\n".join([*lines, total])
 
 

@@ -63,7 +63,7 @@ class Uniform(Init):
 
 @dataclass(frozen=True)
 class KaimingUniform(Init):
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) with fan_in the last dimension: torch's own start of a linear layer (He et al., 2015, a = sqrt 5)."""
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), fan_in the last dimension: torch's start of a linear layer (He et al., 2015)."""
 
     def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
         return Uniform(1 / math.sqrt(max(shape[-1], 1))).fill(shape, generator, given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from deltatune.core.attach import Attachment
 from deltatune.core.delta import Placement, place
 from deltatune.core.method import OnLinear, OnTensor
 from deltatune.core.ports import Tensors
+from deltatune.core.site import Site
 from deltatune.core.weights import Weights, generate
 from deltatune.errors import DeltaTuneError
 
@@ -29,11 +31,15 @@ def merge(model: nn.Module, what: Weights | Attachment, untie: bool = False) -> 
     placements = place(model, weights.delta)
     for placement in placements:
         if "merge" in placement.method.breaks:
-            raise DeltaTuneError(f"{placement.method} cannot be merged: {placement.method.breaks['merge']}. Keep it attached.")
+            raise DeltaTuneError(
+                f"{placement.method} cannot be merged: {placement.method.breaks['merge']}. Keep it attached."
+            )
     holder = _holder(model, weights, placements)
     changed: Change = {}
     for placement in placements:
-        tensors = Tensors(placement.method, holder, {leaf: placement.name(leaf).replace(".", "/") for leaf in placement.leaves})
+        tensors = Tensors(
+            placement.method, holder, {leaf: placement.name(leaf).replace(".", "/") for leaf in placement.leaves}
+        )
         _apply(model, placement, tensors, changed)
     _check_ties(model, placements, changed, untie)
     return {".".join(filter(None, place)): _cast(model, place, tensor) for place, tensor in changed.items()}
@@ -51,35 +57,47 @@ def _apply(model: nn.Module, placement: Placement, tensors: Tensors, changed: Ch
     site, method = placement.site, placement.method.computes
     if isinstance(method, OnTensor):
         for path, name in [(site.path, site.tensor or ""), *site.ties]:
-            before = changed.get((path, name), _own(model, path, name))
-            changed[path, name] = method.value(tensors(before.dtype), before)  # type: ignore[arg-type,union-attr]
+            before = _stored(model, changed, path, name)
+            changed[path, name] = method.value(tensors(before.dtype), before)
     elif isinstance(method, OnLinear):
-        _apply_linear(model, placement, method, tensors, changed)
+        if site.kind == "linear":
+            _apply_weight(model, site, method, tensors, changed)
+        _apply_bias(model, site, method, tensors, changed)
 
 
-def _apply_linear(model: nn.Module, placement: Placement, method: OnLinear, tensors: Tensors, changed: Change) -> None:
-    site, module = placement.site, model.get_submodule(placement.site.path)
-    p = tensors(_precise(next(module.parameters())))
-    if site.kind == "linear":
-        stored = changed.get((site.path, "weight"), _own(model, site.path, "weight"))
-        W = stored.mT if site.transposed else stored  # type: ignore[union-attr]
-        part = W if site.part is None else site.part.take(W, 0)
-        new = method.weight(p, part)
-        if new is not part:
-            W = new if site.part is None else site.part.put(W, new, 0)
-            changed[site.path, "weight"] = W.mT if site.transposed else W
-    bias = changed.get((site.path, "bias"), _own(model, site.path, "bias"))
-    part_bias = bias if bias is None or site.part is None else site.part.take(bias, 0)
-    new_bias = method.bias(p, part_bias)
-    if new_bias is not None and new_bias is not part_bias:
-        if bias is None and not isinstance(module, nn.Linear):
-            raise DeltaTuneError(f"{method} gives {site.path!r} a bias, but a {type(module).__name__} cannot hold one. Keep it attached.")
-        changed[site.path, "bias"] = new_bias if bias is None or site.part is None else site.part.put(bias, new_bias, 0)
+def _apply_weight(model: nn.Module, site: Site, method: OnLinear, tensors: Tensors, changed: Change) -> None:
+    stored = _stored(model, changed, site.path, "weight")
+    W = stored.mT if site.transposed else stored
+    part = W if site.part is None else site.part.take(W, 0)
+    new = method.weight(tensors(W.dtype), part)
+    if new is not part:
+        W = new if site.part is None else site.part.put(W, new, 0)
+        changed[site.path, "weight"] = W.mT if site.transposed else W
 
 
-def _own(model: nn.Module, path: str, name: str) -> Tensor | None:
-    parameter = model.get_submodule(path)._parameters.get(name)
-    return None if parameter is None else parameter.detach().to("cpu", _precise(parameter))
+def _apply_bias(model: nn.Module, site: Site, method: OnLinear, tensors: Tensors, changed: Change) -> None:
+    module = model.get_submodule(site.path)
+    weight = _stored(model, changed, site.path, "weight")
+    has = module._parameters.get("bias") is not None or (site.path, "bias") in changed
+    bias = _stored(model, changed, site.path, "bias") if has else None
+    part = bias if bias is None or site.part is None else site.part.take(bias, 0)
+    new = method.bias(tensors(weight.dtype), part)
+    if new is None or new is part:
+        return
+    if bias is None and not isinstance(module, nn.Linear):
+        cannot = f"gives {site.path!r} a bias, but a {type(module).__name__} cannot hold one"
+        raise DeltaTuneError(f"{method} {cannot}. Keep it attached.")
+    if site.part is not None:
+        whole = bias if bias is not None else weight.new_zeros(weight.shape[1 if site.transposed else 0])
+        new = site.part.put(whole, new, 0)
+    changed[site.path, "bias"] = new
+
+
+def _stored(model: nn.Module, changed: Change, path: str, name: str) -> Tensor:
+    if (path, name) in changed:
+        return changed[path, name]
+    parameter: Any = model.get_submodule(path)._parameters[name]
+    return parameter.detach().to("cpu", _precise(parameter))
 
 
 def _precise(parameter: Tensor) -> torch.dtype:
@@ -105,7 +123,9 @@ def _check_ties(model: nn.Module, placements: list[Placement], changed: Change, 
     for path, name in changed:
         parameter = model.get_submodule(path)._parameters.get(name)
         if parameter is not None and owners[id(parameter)] > mine[id(parameter)] and not untie:
-            raise DeltaTuneError(f"{path}.{name} is shared with another module that the delta does not change; pass untie=True to give it its own copy.")
+            raise DeltaTuneError(
+                f"{path}.{name} is shared with another module that the delta does not change; pass untie=True to give it its own copy."
+            )
 
 
 @dataclass
@@ -124,7 +144,9 @@ class Merged:
     def __enter__(self) -> Merged:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.undo()
 
 
@@ -140,9 +162,9 @@ def merge_(model: nn.Module, what: Weights | Attachment, untie: bool = False) ->
         module = model.get_submodule(owner)
         before = module._parameters.get(name)
         trained = before is not None and before.requires_grad
-        new = renewed.setdefault(id(before) if before is not None else id(tensor), nn.Parameter(tensor, requires_grad=trained))
+        new = renewed.setdefault(
+            id(before) if before is not None else id(tensor), nn.Parameter(tensor, requires_grad=trained)
+        )
         merged.originals.append((module, name, before))
         module._parameters[name] = new
     return merged
-
-

@@ -76,7 +76,11 @@ class BaseView:
         self.module, self.port = module, port
 
     def _before(self) -> list[LinearPort]:
-        ports = [p for p in self.module.__dict__[PORTS].post if isinstance(p, LinearPort) and p.site.part == self.port.site.part]
+        ports = [
+            p
+            for p in self.module.__dict__[PORTS].post
+            if isinstance(p, LinearPort) and p.site.part == self.port.site.part
+        ]
         return ports[: ports.index(self.port)]
 
     @property
@@ -101,7 +105,9 @@ class StreamPort(Port):
         super().__init__(site, method, tensors)
         self.first = first
 
-    def pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def pre(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (self._changed(args[0]), *args[1:]), kwargs
         return args, {**kwargs, self.first: self._changed(kwargs[self.first])}
@@ -147,22 +153,30 @@ def first_argument(module: nn.Module) -> str:
     """Return the name of the first argument of a module's forward."""
     names = [n for n in inspect.signature(type(module).forward).parameters if n != "self"]
     if not names:
-        raise DeltaTuneError(f"{type(module).__name__}.forward takes no argument, so there is no hidden state to act on.")
+        raise DeltaTuneError(
+            f"{type(module).__name__}.forward takes no argument, so there is no hidden state to act on."
+        )
     return names[0]
 
 
-def _linear(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> tuple[list[Edit], list[Setting]]:
+def _linear(
+    model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors
+) -> tuple[list[Edit], list[Setting]]:
     module = model.get_submodule(placement.site.path)
     return [Edit(module, "post", LinearPort(placement.site, placement.method, tensors))], []  # type: ignore[arg-type]
 
 
-def _stream(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> tuple[list[Edit], list[Setting]]:
+def _stream(
+    model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors
+) -> tuple[list[Edit], list[Setting]]:
     module = model.get_submodule(placement.site.path)
     port = StreamPort(placement.site, placement.method, tensors, first_argument(module))
     return [Edit(module, "pre" if placement.site.side == "in" else "post", port)], []
 
 
-def _tensor(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> tuple[list[Edit], list[Setting]]:
+def _tensor(
+    model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors
+) -> tuple[list[Edit], list[Setting]]:
     site = placement.site
     port = TensorPort(site, placement.method, tensors)
     where = [(site.path, site.tensor or ""), *site.ties]

@@ -31,7 +31,11 @@ class Part:
 
     def take(self, x: Tensor, dim: int) -> Tensor:
         """Return this part of `x` along `dim`, flattened back to one dimension."""
-        return x.unflatten(dim, (self.groups, -1)).narrow(dim if dim < 0 else dim + 1, self.start, self.stop - self.start).flatten(*_pair(dim))
+        return (
+            x.unflatten(dim, (self.groups, -1))
+            .narrow(dim if dim < 0 else dim + 1, self.start, self.stop - self.start)
+            .flatten(*_pair(dim))
+        )
 
     def put(self, x: Tensor, new: Tensor, dim: int) -> Tensor:
         """Return `x` with this part along `dim` replaced by `new`."""
@@ -150,7 +154,11 @@ class Site:
     def address(self) -> str:
         """A name for this site, unique in its backbone and stable across processes."""
         part = f"[{self.role.rpartition('.')[2]}]" if self.part else ""
-        return f"{self.path or '/'}{part}" + (f".{self.tensor}" if self.tensor else "") + (":in" if self.side == "in" else "")
+        return (
+            f"{self.path or '/'}{part}"
+            + (f".{self.tensor}" if self.tensor else "")
+            + (":in" if self.side == "in" else "")
+        )
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -23,7 +23,9 @@ class Spec:
         Spec.known[cls.__name__] = cls
 
     def __str__(self) -> str:
-        shown = [f"{f.name}={literal(self.__dict__[f.name])}" for f in fields_of(type(self)) if not _is_default(self, f)]
+        shown = [
+            f"{f.name}={literal(self.__dict__[f.name])}" for f in fields_of(type(self)) if not _is_default(self, f)
+        ]
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def to_json(self) -> dict[str, Any]:
@@ -54,11 +56,15 @@ def build(name: str, given: dict[str, Any], kind: type[Spec] = Spec) -> Any:
     """Build the value `name(**given)`; raises `DeltaTuneError` with the nearest names when either is unknown."""
     classes = concrete(kind)
     if name not in classes:
-        raise DeltaTuneError(f"there is no {kind.__name__.lower()} {name!r}.{nearest(name, classes)} Known: {', '.join(classes)}.")
+        raise DeltaTuneError(
+            f"there is no {kind.__name__.lower()} {name!r}.{nearest(name, classes)} Known: {', '.join(classes)}."
+        )
     known = [f.name for f in fields_of(classes[name])]
     for field in given:
         if field not in known:
-            raise DeltaTuneError(f"{name} has no field {field!r}.{nearest(field, known)} Its fields: {', '.join(known) or 'none'}.")
+            raise DeltaTuneError(
+                f"{name} has no field {field!r}.{nearest(field, known)} Its fields: {', '.join(known) or 'none'}."
+            )
     missing = [f.name for f in fields_of(classes[name]) if f.default is MISSING and f.name not in given]
     if missing:
         raise DeltaTuneError(f"{name} needs a value for {', '.join(missing)}.")
@@ -98,7 +104,9 @@ def evaluate(node: ast.expr, text: str) -> Any:
             return -value
         case ast.Name(id=name):
             return build(name, {})
-    raise DeltaTuneError(f"{ast.unparse(node)!r} in {text!r} is not a value; write for example LoRA(rank=8).at(\"attn.q\").")
+    raise DeltaTuneError(
+        f'{ast.unparse(node)!r} in {text!r} is not a value; write for example LoRA(rank=8).at("attn.q").'
+    )
 
 
 def _is_default(spec: Spec, field: Field) -> bool:

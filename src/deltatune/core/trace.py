@@ -23,7 +23,10 @@ class Trace:
 
     def __str__(self) -> str:
         lines = [f"{len(self.fired)} of {len(self.fired) + len(self.silent)} adapted modules were called"]
-        lines += [f"never called: {path} (its weight may be read without calling it; merge the delta, or address its parent)" for path in self.silent]
+        lines += [
+            f"never called: {path} (its weight may be read without calling it; merge the delta, or address its parent)"
+            for path in self.silent
+        ]
         return "\n".join(lines)
 
 

@@ -113,16 +113,22 @@ class Weights:
                 header = (file.metadata() or {}).get("deltatune")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise DeltaTuneError(f"{path} is not a whole safetensors file ({error}); it may be truncated: copy or save it again.") from None
+            raise DeltaTuneError(
+                f"{path} is not a whole safetensors file ({error}); it may be truncated: copy or save it again."
+            ) from None
         if header is None:
             some = ", ".join(sorted(tensors)[:3])
-            raise DeltaTuneError(f"{path} is a safetensors file, but deltatune did not write it (tensors: {some} ...); it has no delta spec.")
+            raise DeltaTuneError(
+                f"{path} is a safetensors file, but deltatune did not write it (tensors: {some} ...); it has no delta spec."
+            )
         return _from_header(json.loads(header), tensors, path)
 
 
 def _weights_file(path: Path) -> Path:
     if path.suffix in PICKLES:
-        raise DeltaTuneError(f"{path} is a pickle, which can run any code when it is opened; deltatune reads safetensors only.")
+        raise DeltaTuneError(
+            f"{path} is a pickle, which can run any code when it is opened; deltatune reads safetensors only."
+        )
     file = path / "delta.safetensors" if path.is_dir() else path
     if not file.is_file():
         found = sorted(p.name for p in path.iterdir())[:5] if path.is_dir() else []
@@ -133,7 +139,9 @@ def _weights_file(path: Path) -> Path:
 
 def _from_header(spec: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> Weights:
     if spec.get("format") != FORMAT:
-        raise DeltaTuneError(f"{path} has the format {spec.get('format')!r}; this version of deltatune reads {FORMAT!r}.")
+        raise DeltaTuneError(
+            f"{path} has the format {spec.get('format')!r}; this version of deltatune reads {FORMAT!r}."
+        )
     return Weights(parse(spec["delta"]), tensors, Fingerprint(**spec["backbone"]), spec["seed"], spec.get("notes", {}))
 
 
@@ -148,7 +156,9 @@ def init(delta: Delta | Method, model: nn.Module, seed: int = 0, evidence: Mappi
     return Weights(delta, tensors, fingerprint(model), seed)
 
 
-def generate(model: nn.Module, placements: list[Placement], seed: int, evidence: Mapping[str, Any], trained: bool) -> dict[str, Tensor]:
+def generate(
+    model: nn.Module, placements: list[Placement], seed: int, evidence: Mapping[str, Any], trained: bool
+) -> dict[str, Tensor]:
     """Return the start of all leaves that are trained, or of all that are not."""
     tensors: dict[str, Tensor] = {}
     used: dict[str, int] = {}
@@ -163,17 +173,23 @@ def generate(model: nn.Module, placements: list[Placement], seed: int, evidence:
     return tensors
 
 
-def _start(model: nn.Module, placement: Placement, leaf: str, declared: Leaf, identity: str, evidence: Mapping[str, Any]) -> Tensor:
+def _start(
+    model: nn.Module, placement: Placement, leaf: str, declared: Leaf, identity: str, evidence: Mapping[str, Any]
+) -> Tensor:
     lacking = declared.init.needs - set(evidence)
     if lacking:
-        raise DeltaTuneError(f"{placement.method} starts from {sorted(lacking)}: pass init(..., evidence={{{sorted(lacking)[0]!r}: ...}}).")
+        raise DeltaTuneError(
+            f"{placement.method} starts from {sorted(lacking)}: pass init(..., evidence={{{sorted(lacking)[0]!r}: ...}})."
+        )
     generator = Generator().manual_seed(int.from_bytes(hashlib.sha256(identity.encode()).digest()[:7], "big"))
     own = dict(model.get_submodule(placement.site.path).named_parameters(recurse=False))
     if placement.site.tensor:
         own["theta"] = own[placement.site.tensor]
     tensor = declared.init.fill(declared.shape, generator, Given(own, evidence))
     if tuple(tensor.shape) != declared.shape:
-        raise DeltaTuneError(f"{declared.init} gave the shape {tuple(tensor.shape)} for {leaf!r} of {placement.method}; it needs {declared.shape}.")
+        raise DeltaTuneError(
+            f"{declared.init} gave the shape {tuple(tensor.shape)} for {leaf!r} of {placement.method}; it needs {declared.shape}."
+        )
     return tensor
 
 
@@ -187,6 +203,8 @@ def flatten(model: nn.Module, weights: Weights) -> Weights:
             continue
         with torch.no_grad():
             plain = vars(placement.method.unfold(Bag(held)))
-        tensors.update({f"{placement.term}.{placement.site.address}.{leaf}": t.contiguous() for leaf, t in plain.items()})
+        tensors.update(
+            {f"{placement.term}.{placement.site.address}.{leaf}": t.contiguous() for leaf, t in plain.items()}
+        )
     delta = Delta(tuple(Term(term.where, term.method.computes) for term in weights.delta.terms))
     return Weights(delta, tensors, weights.backbone, weights.seed, weights.notes)

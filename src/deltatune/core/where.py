@@ -84,8 +84,17 @@ def _atom(text: str, where: str) -> Atom:
     found = ATOM.match(text)
     if not found or found["role"] not in ROLES:
         word = found["role"] if found else text
-        raise DeltaTuneError(f"there is no role {word!r} (in the where {where!r}).{nearest(word, ROLES)} Roles: {', '.join(ROLES)}; or path:...")
-    return Atom(text, found["role"], found["stack"], _layers(found["layers"], where), _side(found["side"]), bool(found["optional"]))
+        raise DeltaTuneError(
+            f"there is no role {word!r} (in the where {where!r}).{nearest(word, ROLES)} Roles: {', '.join(ROLES)}; or path:..."
+        )
+    return Atom(
+        text,
+        found["role"],
+        found["stack"],
+        _layers(found["layers"], where),
+        _side(found["side"]),
+        bool(found["optional"]),
+    )
 
 
 def _side(text: str | None) -> Literal["in", "out"]:
@@ -99,7 +108,9 @@ def _layers(text: str | None, where: str) -> slice | int | None:
         numbers = [int(piece) if piece else None for piece in text.split(":")]
         return slice(*numbers) if len(numbers) > 1 else int(text)
     except (ValueError, TypeError):
-        raise DeltaTuneError(f"[{text}] in {where!r} is not a Python index or slice; write [3], [-1], [6:] or [::2].") from None
+        raise DeltaTuneError(
+            f"[{text}] in {where!r} is not a Python index or slice; write [3], [-1], [6:] or [::2]."
+        ) from None
 
 
 def select(model: nn.Module, where: str, anatomy: Anatomy) -> list[Site]:
@@ -116,9 +127,18 @@ def select(model: nn.Module, where: str, anatomy: Anatomy) -> list[Site]:
 
 
 def _by_path(atom: Atom, modules: dict[str, nn.Module]) -> list[Place]:
-    pieces = [r".*" if p == "**" else "[^.]*".join(map(re.escape, p.split("*"))) for p in (atom.path or "").split(".")]
-    pattern = re.compile(r"\.".join(pieces) + "$")
+    pattern = _glob(atom.path or "")
     return [Place(role="path", path=path) for path in modules if pattern.match(path) and path.split(".")[0] != "deltas"]
+
+
+def _glob(path: str) -> re.Pattern[str]:
+    *before, last = path.split(".")
+    pieces = [r"(?:.+\.)?" if name == "**" else _name(name) + r"\." for name in before]
+    return re.compile("".join(pieces) + (".*" if last == "**" else _name(last)) + "$")
+
+
+def _name(name: str) -> str:
+    return "[^.]*".join(map(re.escape, name.split("*")))
 
 
 def _by_role(atom: Atom, anatomy: Anatomy) -> list[Place]:
@@ -129,7 +149,9 @@ def _by_role(atom: Atom, anatomy: Anatomy) -> list[Place]:
         for place in anatomy.places
         if place.role == atom.role
         and (stack is None or place.stack == stack)
-        and (atom.layers is None or (place.layer is not None and place.layer in _chosen(names[place.stack], atom.layers)))
+        and (
+            atom.layers is None or (place.layer is not None and place.layer in _chosen(names[place.stack], atom.layers))
+        )
     ]
 
 
@@ -142,16 +164,24 @@ def _chosen(layers: range, wanted: slice | int) -> range:
 
 def _site(place: Place, atom: Atom, module: nn.Module, anatomy: Anatomy) -> Site:
     stack = next((s for s in anatomy.stacks if s.name == place.stack), None)
-    site = Site(place.role, place.path, place.stack, place.layer, place.part, atom.side, heads=stack.heads if stack else None)
+    site = Site(
+        place.role, place.path, place.stack, place.layer, place.part, atom.side, heads=stack.heads if stack else None
+    )
     return describe(site, module, stack.width if stack else 0)
 
 
 def _nothing(atom: Atom, where: str, anatomy: Anatomy, modules: dict[str, nn.Module]) -> DeltaTuneError:
     if atom.path is not None:
-        return DeltaTuneError(f"no module of this {anatomy.family} has the path {atom.path!r} (in the where {where!r}).{nearest(atom.path, modules)}")
+        return DeltaTuneError(
+            f"no module of this {anatomy.family} has the path {atom.path!r} (in the where {where!r}).{nearest(atom.path, modules)}"
+        )
     if not anatomy.places:
         some = ", ".join(list(modules)[1:6])
-        return DeltaTuneError(f"{where!r} names a role, but the roles of {anatomy.family} are not known; address its modules by path, e.g. path:{some}.")
+        return DeltaTuneError(
+            f"{where!r} names a role, but the roles of {anatomy.family} are not known; address its modules by path, e.g. path:{some}."
+        )
     roles = list(dict.fromkeys(p.role for p in anatomy.places))
     sizes = ", ".join(f"{s.name or 'the stack'} has {s.layers} layers" for s in anatomy.stacks)
-    return DeltaTuneError(f"{atom.text!r} (in the where {where!r}) matches nothing in this {anatomy.family}: {sizes}; its roles are {', '.join(roles)}.")
+    return DeltaTuneError(
+        f"{atom.text!r} (in the where {where!r}) matches nothing in this {anatomy.family}: {sizes}; its roles are {', '.join(roles)}."
+    )

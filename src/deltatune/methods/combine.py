@@ -5,6 +5,8 @@
 `MLP` computes leaves of shape [length, c] from one matrix that all sites share (Li and Liang, 2021; P-tuning: Liu et al., 2021):
 
     leaf_i = tanh(E W^T + b) W_i^T + b_i        E: [length, size]   W: [hidden, size]   W_i: [c, hidden]
+
+Parameters: length size + hidden size + hidden, and c (hidden + 1) for every leaf at every site.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Map(Spec):
 
 @dataclass(frozen=True)
 class MLP(Map):
-    """leaf_i = tanh(E W^T + b) W_i^T + b_i, with E, W, b shared by all sites; parameters: length size + hidden size + hidden + sum c (hidden + 1)."""
+    """leaf_i = tanh(E W^T + b) W_i^T + b_i, with E, W and b shared by all sites (Li and Liang, 2021)."""
 
     size: int = 512
     hidden: int = 512
@@ -46,7 +48,9 @@ class MLP(Map):
     def leaves(self, inner: dict[str, Leaf]) -> dict[str, Leaf]:
         lengths = {leaf.shape[0] for leaf in inner.values()}
         if len(lengths) != 1 or any(len(leaf.shape) != 2 for leaf in inner.values()):
-            raise DeltaTuneError(f"an MLP makes leaves of shape [length, c] with one length; found {[leaf.shape for leaf in inner.values()]}.")
+            raise DeltaTuneError(
+                f"an MLP makes leaves of shape [length, c] with one length; found {[leaf.shape for leaf in inner.values()]}."
+            )
         shared = {
             "E": Leaf((lengths.pop(), self.size), self.init, scope="delta"),
             "W": Leaf((self.hidden, self.size), KaimingUniform(), scope="delta"),

@@ -46,7 +46,9 @@ class Adapter(OnStream):
         if self.size < 1:
             raise DeltaTuneError(f"Adapter(size={self.size}) has no bottleneck; write a size of at least 1.")
         if self.activation not in ACTIVATIONS:
-            raise DeltaTuneError(f"there is no activation {self.activation!r}.{nearest(self.activation, ACTIVATIONS)} Known: {', '.join(ACTIVATIONS)}.")
+            raise DeltaTuneError(
+                f"there is no activation {self.activation!r}.{nearest(self.activation, ACTIVATIONS)} Known: {', '.join(ACTIVATIONS)}."
+            )
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         d, m = site.width, self.size

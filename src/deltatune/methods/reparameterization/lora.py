@@ -34,7 +34,9 @@ class LoRA(OnLinear):
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         if self.rank > min(site.d_in, site.d_out):
-            raise DeltaTuneError(f"LoRA(rank={self.rank}) exceeds the dimensions of {site.path!r}: {site.d_out} x {site.d_in}.")
+            raise DeltaTuneError(
+                f"LoRA(rank={self.rank}) exceeds the dimensions of {site.path!r}: {site.d_out} x {site.d_in}."
+            )
         return {"A": Leaf((self.rank, site.d_in), self.init), "B": Leaf((site.d_out, self.rank), Zeros())}
 
     def weight(self, p: Any, W: Tensor) -> Tensor:

@@ -1,0 +1,39 @@
+"""Whether weights fit a backbone: its fingerprint, and the tensors that the delta declares there."""
+
+from __future__ import annotations
+
+from deltatune.core.delta import Placement
+from deltatune.core.weights import Fingerprint, Weights
+from deltatune.errors import DeltaTuneError, nearest
+
+
+def check_backbone(wanted: Fingerprint, found: Fingerprint, check: bool) -> None:
+    """Raise `DeltaTuneError` when weights were made for another structure or, with `check`, for other values."""
+    if wanted.structure != found.structure:
+        raise DeltaTuneError(
+            f"the weights were made for another backbone: {wanted.family} (structure {wanted.structure}); this is {found.family} "
+            f"(structure {found.structure}), whose parameters have other names or shapes."
+        )
+    if check and wanted.values and found.values and wanted.values != found.values:
+        raise DeltaTuneError(
+            f"the weights were made for a {wanted.family} of the same shapes but with other values (fingerprint {wanted.values}, "
+            f"this one has {found.values}). Load that backbone, or pass check=False if you mean it."
+        )
+
+
+def check_tensors(weights: Weights, placements: list[Placement]) -> None:
+    """Raise `DeltaTuneError` when the tensors are not exactly those that the placements declare."""
+    wanted = {p.name(leaf): d.shape for p in placements for leaf, d in p.leaves.items() if d.trained}
+    for name in wanted.keys() - weights.tensors.keys():
+        raise DeltaTuneError(
+            f"the weights lack the tensor {name!r} of {weights.delta}.{nearest(name, weights.tensors)}"
+        )
+    for name, tensor in weights.tensors.items():
+        if name not in wanted:
+            raise DeltaTuneError(
+                f"the weights hold the tensor {name!r}, which {weights.delta} does not declare.{nearest(name, wanted)}"
+            )
+        if tuple(tensor.shape) != wanted[name]:
+            raise DeltaTuneError(
+                f"the tensor {name!r} has the shape {tuple(tensor.shape)}; this backbone needs {wanted[name]}."
+            )
