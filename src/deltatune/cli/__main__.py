@@ -1,0 +1,5 @@
+"""`python -m deltatune.cli` is the `deltatune` command."""
+
+from deltatune.cli.app import main
+
+main()

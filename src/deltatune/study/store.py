@@ -1,0 +1,176 @@
+"""One directory per study, in which several processes and several commands work at once without doing a run twice.
+
+    <study>/plan.toml          the plan as last issued
+    <study>/study.json         name, and the facts and digests of the tasks and backbones that the results belong to
+    <study>/runs/<id>/         one run, written by `deltatune.tuning.tune`; `lock` is held while a process works on it
+
+A lock is an operating system's lock on an open file, so it ends with its process, however that ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from deltatune.errors import DeltaTuneError
+from deltatune.files import read_json, write_json, write_text
+from deltatune.study.plan import Plan
+
+if TYPE_CHECKING:
+    from deltatune.tuning import Run
+
+State = Literal["pending", "running", "done", "failed"]
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a directory holds about a run: its result, or why it failed (`error` and `message`), or neither yet."""
+
+    id: str
+    result: Mapping[str, Any] | None
+    failure: Mapping[str, Any] | None
+
+    @property
+    def dev(self) -> float | None:
+        """The dev score of a finished run, else None."""
+        return self.result["dev"] if self.result else None
+
+    @property
+    def settled(self) -> bool:
+        """True when there is nothing left to do: done or failed."""
+        return self.result is not None or self.failure is not None
+
+
+class Store:
+    """The directory of a study."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+
+    def open(self, plan: Plan, inputs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Make the directory or take up the one that is there; raises when it belongs to another study or other inputs."""
+        manifest = self.folder / "study.json"
+        known = self.manifest() if manifest.exists() else {"name": plan.name, "tasks": {}, "backbones": {}}
+        if known["name"] != plan.name:
+            raise DeltaTuneError(
+                f"{self.folder} holds the study {known['name']!r}, but the plan is named {plan.name!r}; "
+                "choose another folder with --out, or give the plan the same name to extend that study."
+            )
+        for kind in ("tasks", "backbones"):
+            self._same_digests(known[kind], inputs[kind])
+        merged = {kind: {**known[kind], **inputs[kind]} for kind in ("tasks", "backbones")}
+        write_json(manifest, {"format": FORMAT, "name": plan.name, **merged})
+        write_text(self.folder / "plan.toml", plan.text)
+
+    def holds(self, plan: Plan) -> bool:
+        """True when the directory was last opened with exactly this plan."""
+        path = self.folder / "plan.toml"
+        return path.exists() and path.read_text(encoding="utf-8") == plan.text
+
+    def _same_digests(self, known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        for name in known.keys() & now.keys():
+            then, today = known[name]["digest"][:12], now[name]["digest"][:12]
+            if then != today:
+                raise DeltaTuneError(
+                    f"{name!r} has changed since the study in {self.folder} was begun (digest {then} then, {today} now), "
+                    "so old and new results would not compare; choose another folder with --out."
+                )
+
+    def manifest(self) -> dict[str, Any]:
+        """What `study.json` says; raises `DeltaTuneError` when the folder holds no study."""
+        path = self.folder / "study.json"
+        if not path.exists():
+            raise DeltaTuneError(f"{self.folder} holds no study (there is no study.json); `deltatune study run` makes one.")
+        manifest = read_json(path)
+        if manifest.get("format") != FORMAT:
+            raise DeltaTuneError(f"{path} has format {manifest.get('format')!r}, but this version reads format {FORMAT}.")
+        return manifest
+
+    def plan(self) -> Plan:
+        """The plan as last issued for this directory."""
+        self.manifest()
+        return Plan.read(self.folder / "plan.toml")
+
+    def run_folder(self, id: str) -> Path:
+        """Where a run keeps its files."""
+        return self.folder / "runs" / id
+
+    def find(self, id: str) -> Found:
+        """What there is about the run with this id."""
+        folder = self.run_folder(id)
+        result, failure = folder / "result.json", folder / "failure.json"
+        if result.exists():
+            return Found(id, read_json(result), None)
+        return Found(id, None, read_json(failure) if failure.exists() else None)
+
+    def found(self) -> dict[Run, Found]:
+        """Every run that was begun in the directory, those of earlier plans included.
+
+        Another version of the software may give a run another id; of two folders with the same run the later one counts.
+        """
+        from deltatune.tuning import Run
+
+        records = sorted((self.folder / "runs").glob("*/run.json"), key=lambda path: (path.stat().st_mtime_ns, path))
+        return {Run.from_json(_without_id(read_json(path))): self.find(path.parent.name) for path in records}
+
+    def dev_scores(self, plan: Plan) -> dict[Run, float | None]:
+        """The dev score of every finished search run, None where it failed."""
+        found = self.found()
+        searched = {entry.run: found[entry.run] for entry in plan.search_runs() if entry.run in found}
+        return {run: each.dev for run, each in searched.items() if each.settled}
+
+    def begin(self, run: Run) -> None:
+        """Record what a run is, so that the directory explains itself without the data that the id is made from."""
+        path = self.run_folder(run.id) / "run.json"
+        if not path.exists():
+            write_json(path, {"id": run.id, **run.to_json()})
+
+    def fail(self, id: str, error: str, message: str) -> None:
+        """Record that a run failed."""
+        write_json(self.run_folder(id) / "failure.json", {"error": error, "message": message})
+
+    def forgive(self, id: str) -> None:
+        """Make a failed run pending again."""
+        (self.run_folder(id) / "failure.json").unlink(missing_ok=True)
+
+    def state(self, id: str) -> State:
+        """The state of a run; a run whose process died is pending."""
+        folder = self.run_folder(id)
+        if (folder / "result.json").exists():
+            return "done"
+        if (folder / "failure.json").exists():
+            return "failed"
+        return "running" if self._locked(id) else "pending"
+
+    @contextmanager
+    def claim(self, id: str) -> Iterator[bool]:
+        """Take a run for this process: True inside the `with` when nobody else has it, False at once otherwise."""
+        folder = self.run_folder(id)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def _locked(self, id: str) -> bool:
+        path = self.run_folder(id) / "lock"
+        if not path.exists():
+            return False
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+
+def _without_id(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "id"}

@@ -1,0 +1,1 @@
+"""The built-in tasks and the script that generates them."""

@@ -1,0 +1,257 @@
+"""The training loop: one delta's parameters, one backbone that stays as it is, resumable at any step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.errors import DeltaTuneError
+from deltatune.tuning.checkpoint import (
+    cut_log,
+    pack_optimizer,
+    pack_random,
+    read_checkpoint,
+    sweep,
+    unpack_optimizer,
+    unpack_random,
+    write_checkpoint,
+)
+from deltatune.tuning.encode import Row, batches, collate
+from deltatune.tuning.memory import Peak, in_use
+from deltatune.tuning.optim import learning_rate, make_optimizer
+from deltatune.tuning.recipe import Recipe
+
+OnStep = Callable[[dict[str, Any]], None]
+
+LOG = "log.jsonl"
+
+
+class NonFiniteLoss(DeltaTuneError):
+    """The loss or its gradient became infinite or not a number."""
+
+
+@dataclass
+class Progress:
+    """How far a run is; `dev` is the best dev score so far, seen at `best_step`, and `stale` counts evaluations since."""
+
+    step: int = 0
+    best_step: int = 0
+    dev: float | None = None
+    stale: int = 0
+    tokens: int = 0
+    train_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    total_seconds: float = 0.0
+    peak_memory: int = 0
+
+    def finished(self, recipe: Recipe) -> str | None:
+        """Return why there is nothing more to train, `steps` or `patience`, or None."""
+        if recipe.patience and self.stale >= recipe.patience:
+            return "patience"
+        return "steps" if self.step >= recipe.steps else None
+
+
+@dataclass
+class Loop:
+    """One training: `parameters` of `model` on `rows`; `evaluate` gives the dev score, None for no dev evaluation."""
+
+    model: nn.Module
+    parameters: list[nn.Parameter]
+    rows: Sequence[Row]
+    pad: int
+    recipe: Recipe
+    seed: int
+    folder: Path
+    evaluate: Callable[[], float] | None = None
+    on_step: OnStep | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
+
+        self.accelerator = Accelerator(mixed_precision="no")
+        self.device = self.accelerator.device
+        self.optimizer = make_optimizer(self.recipe, self.parameters)
+        self.rate = learning_rate(self.recipe)
+        self.best: list[Tensor] = []
+        self.losses: deque[float] = deque(maxlen=5)
+        self.started = time.perf_counter()
+        set_seed(self.seed)
+        self.restore()
+        self.log = (self.folder / LOG).open("a", encoding="utf-8")
+        self.peak = Peak(self.device)
+
+    def run(self) -> Progress:
+        """Train to the end of the recipe and leave the best parameters in place."""
+        recipe, progress = self.recipe, self.progress
+        sizes = [row.tokens for row in self.rows]
+        order = batches(sizes, recipe.batch, self.seed, progress.step)
+        self.model.train(recipe.dropout)
+        with deterministic(self.device), self.log:
+            while not progress.finished(recipe):
+                self.step([self.rows[index] for index in next(order)])
+                last = progress.step == recipe.steps
+                if self.evaluate and recipe.eval_every and (last or progress.step % recipe.eval_every == 0):
+                    self.judge(self.evaluate)
+                ended = progress.finished(recipe)
+                if recipe.checkpoint_every and (ended or progress.step % recipe.checkpoint_every == 0):
+                    self.save()
+        self.finish()
+        return progress
+
+    def step(self, rows: list[Row]) -> None:
+        """Take one step on one batch and log it."""
+        started = time.perf_counter()
+        rate = self.rate(self.progress.step)
+        batch = collate(rows, self.pad, self.device)
+        with compute(self.device, self.recipe):
+            loss = self.model(**batch).loss
+        self.accelerator.backward(loss)
+        norm: Any = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.clip or math.inf)
+        # The only wait for the device in a step, before the optimizer can spoil the parameters.
+        value, size = torch.stack([loss.detach().float(), norm.detach().float()]).tolist()
+        if not (math.isfinite(value) and math.isfinite(size)):
+            raise NonFiniteLoss(self.explain(value, rate))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        seconds = time.perf_counter() - started
+        tokens = sum(row.tokens for row in rows)
+        self.losses.append(value)
+        self.progress.step += 1
+        self.progress.tokens += tokens
+        self.progress.train_seconds += seconds
+        self.record({"loss": value, "lr": rate, "seconds": seconds, "tokens": tokens, "memory": in_use(self.device)})
+
+    def judge(self, evaluate: Callable[[], float]) -> None:
+        """Measure the dev score and keep the parameters when it is above the best so far."""
+        progress = self.progress
+        started = time.perf_counter()
+        self.model.eval()
+        with compute(self.device, self.recipe):
+            score = evaluate()
+        self.model.train(self.recipe.dropout)
+        progress.evaluate_seconds += time.perf_counter() - started
+        progress.stale += 1
+        if progress.dev is None or score > progress.dev:
+            progress.dev, progress.best_step, progress.stale = score, progress.step, 0
+            self.best = [parameter.detach().clone() for parameter in self.parameters]
+        self.record({"dev": score})
+
+    def record(self, line: dict[str, Any]) -> None:
+        """Add one line to the log and pass it to the caller."""
+        line = {"step": self.progress.step, **line}
+        try:
+            self.log.write(json.dumps(line) + "\n")
+            self.log.flush()
+        except OSError as error:
+            raise DeltaTuneError(
+                f"cannot write {self.folder / LOG}: {error.strerror}; make room and start again."
+            ) from error
+        if self.on_step:
+            self.on_step(line)
+
+    def save(self) -> None:
+        """Write a checkpoint of all that the next step depends on."""
+        os.fsync(self.log.fileno())
+        self.tick()
+        with self.peak.paused():
+            self.progress.peak_memory = max(self.progress.peak_memory, self.peak.bytes)
+            state, slots = pack_optimizer(self.optimizer)
+            random, generators = pack_random()
+            write_checkpoint(
+                self.folder,
+                {**dataclasses.asdict(self.progress), "log_bytes": self.log.tell(), "optimizer": slots, **generators},
+                {**named(self.parameters), **state, **random},
+                named(self.best),
+            )
+
+    def restore(self) -> None:
+        """Continue from the checkpoint in the folder, or start with an empty log."""
+        found = read_checkpoint(self.folder)
+        sweep(self.folder, keep=(found[0]["state"], found[0]["best"]) if found else ())
+        cut_log(self.folder / LOG, found[0]["log_bytes"] if found else 0)
+        if found is None:
+            return
+        scalars, state, best = found
+        for item in dataclasses.fields(Progress):
+            setattr(self.progress, item.name, scalars[item.name])
+        self.best = [best[name].to(self.device) for name in named(self.parameters) if name in best]
+        put(self.parameters, [state[name] for name in named(self.parameters)])
+        unpack_optimizer(self.optimizer, state, scalars["optimizer"])
+        unpack_random(state, scalars)
+
+    def finish(self) -> None:
+        """Put the best parameters in place; without dev evaluations the last ones are the best."""
+        self.tick()
+        self.progress.peak_memory = max(self.progress.peak_memory, self.peak.note())
+        self.model.eval()
+        if self.best:
+            put(self.parameters, self.best)
+        else:
+            self.progress.best_step = self.progress.step
+
+    def tick(self) -> None:
+        """Add the time since the last call to the total, which a kill can only lose back to the checkpoint."""
+        now = time.perf_counter()
+        self.progress.total_seconds += now - self.started
+        self.started = now
+
+    def explain(self, loss: float, rate: float) -> str:
+        """Say what became infinite, when, and what to try."""
+        what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is infinite or not a number"
+        before = ", ".join(f"{value:.4g}" for value in self.losses) or "none"
+        cures = [f"lr={self.recipe.lr / 10:.3g}", "a larger warmup"]
+        cures += ["clip=1.0"] if not self.recipe.clip else []
+        cures += ["precision='fp32'"] if self.recipe.precision != "fp32" else []
+        return (
+            f"{what} at step {self.progress.step + 1} (learning rate {rate:.3g}; losses before it: {before}). "
+            f"Try {', '.join(cures[:-1])} or {cures[-1]}."
+        )
+
+
+def compute(device: torch.device, recipe: Recipe) -> torch.autocast:
+    """Return the context in which the backbone computes: in bfloat16 where the recipe says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+
+
+@contextlib.contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Let torch use only kernels that repeat bit for bit; on a GPU that would cost speed and is left as it is."""
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(before[0] or device.type == "cpu", warn_only=True)
+    # Filling every new tensor guards against reading it too early; nothing here does, and it costs a write each.
+    settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = filling
+
+
+def named(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Name tensors by their place, as a checkpoint holds them."""
+    return {f"leaf/{index}": tensor for index, tensor in enumerate(tensors)}
+
+
+def put(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Write values into parameters, in place."""
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)

@@ -1,0 +1,150 @@
+"""How to train (`Recipe`) and what to train (`Run`): two values, serialisable, with a content hash as name."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+from deltatune.errors import DeltaTuneError, nearest
+
+OPTIMIZERS = ("adamw", "adafactor", "sgd")
+SCHEDULES = ("linear", "cosine", "constant")
+PRECISIONS = ("fp32", "bf16")
+
+Value = TypeVar("Value", bound="Recipe | Run")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a delta is trained; raises `DeltaTuneError` when a field is outside its range.
+
+    Lengths are in tokens, `warmup` is the share of the steps in which the learning rate rises from 0, and 0 switches
+    `clip`, `eval_every`, `patience`, `dev_limit`, `test_limit`, `checkpoint_every` and `shots` off.
+    """
+
+    steps: int = 300
+    batch: int = 16
+    lr: float = 1e-3
+    optimizer: str = field(default="adamw", metadata={"options": OPTIMIZERS})
+    schedule: str = field(default="linear", metadata={"options": SCHEDULES})
+    warmup: float = 0.06
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    precision: str = field(default="fp32", metadata={"options": PRECISIONS})
+    eval_every: int = 50
+    patience: int = 0
+    dev_limit: int = 200
+    test_limit: int = 0
+    max_input: int = 256
+    max_target: int = 64
+    eval_batch: int = 32
+    checkpoint_every: int = 50
+    shots: int = 0
+    dropout: bool = False
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            options = item.metadata.get("options")
+            value = getattr(self, item.name)
+            if options:
+                _check_option(item.name, value, options)
+            else:
+                object.__setattr__(self, item.name, _number(item.name, value, type(item.default)))
+        for name, least in {"steps": 1, "batch": 1, "eval_batch": 1, "max_input": 8, "max_target": 2}.items():
+            if getattr(self, name) < least:
+                raise DeltaTuneError(f"recipe: {name} is {getattr(self, name)}; write {least} or more.")
+        if self.lr <= 0:
+            raise DeltaTuneError(f"recipe: lr is {self.lr:g}; a learning rate is above 0, for example 1e-3.")
+        if self.warmup > 1:
+            raise DeltaTuneError(f"recipe: warmup is {self.warmup:g}; it is a share of the steps, write 0 to 1.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain values that JSON and TOML can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from a mapping; fields left out keep their defaults, unknown ones are an error."""
+        return cls(**_known(cls, data, "recipe"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One delta trained on one backbone for one task with one recipe and seed; `delta` is kept in canonical text."""
+
+    delta: str
+    backbone: str
+    task: str
+    recipe: Recipe = field(default_factory=Recipe)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        import deltatune as dt
+
+        object.__setattr__(self, "delta", str(dt.parse(self.delta)))
+        object.__setattr__(self, "seed", int(_number("seed", self.seed, int, owner="run")))
+
+    @cached_property
+    def id(self) -> str:
+        """12 hex digits of the SHA-256 over this run and the contents of its task and backbone."""
+        import deltatune as dt
+        from deltatune.backbones import digest
+        from deltatune.tasks import task
+
+        content = {
+            **self.to_json(),
+            # The text leaves defaults out; the JSON spells them, so that a later default makes another run.
+            "delta": dt.parse(self.delta).to_json(),
+            "task_digest": task(self.task).digest,
+            "backbone_digest": digest(self.backbone),
+        }
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Run:
+        """Build a run from what `to_json` returned; raises `DeltaTuneError` on missing or unknown fields."""
+        values = _known(cls, data, "run")
+        missing = [name for name in ("delta", "backbone", "task") if name not in values]
+        if missing:
+            raise DeltaTuneError(f"run: there is no {missing[0]!r}; a run names a delta, a backbone and a task.")
+        return cls(**{**values, "recipe": Recipe.from_json(values.get("recipe", {}))})
+
+
+def _known(cls: type[Value], data: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    names = [item.name for item in dataclasses.fields(cls)]
+    for name in data:
+        if name not in names:
+            offer = nearest(name, names) or f" A {owner} has {', '.join(names)}."
+            raise DeltaTuneError(f"{owner}: there is no field {name!r}.{offer}")
+    return dict(data)
+
+
+def _check_option(name: str, value: Any, options: tuple[str, ...]) -> None:
+    if value not in options:
+        offer = nearest(str(value), options) or f" Write one of {', '.join(options)}."
+        raise DeltaTuneError(f"recipe: there is no {name} {value!r}.{offer}")
+
+
+def _number(name: str, value: Any, kind: type, owner: str = "recipe") -> int | float | bool:
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise DeltaTuneError(f"{owner}: {name} is {value!r}; write true or false.")
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise DeltaTuneError(f"{owner}: {name} is {value!r}; write a number.")
+    if not math.isfinite(value) or value < 0:
+        raise DeltaTuneError(f"{owner}: {name} is {value!r}; it cannot be below 0 or infinite.")
+    if kind is int and value != int(value):
+        raise DeltaTuneError(f"{owner}: {name} is {value!r}; write a whole number.")
+    return kind(value)
