@@ -23,6 +23,7 @@ def write_bytes(path: Path | str, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)  # mkstemp makes private files
         os.replace(temporary, path)
     except OSError as error:
         if temporary is not None:
