@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,17 +52,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def write_plan(
+    path: Path, tasks: str = '"topic", "sentiment"', seeds: str = "0, 1", backbones: str = '"tiny"', more: str = ""
+) -> Path:
+    """Write a plan on the tiny backbone: two methods, by default two tasks and two seeds."""
+    path.write_text(PLAN.format(tasks=tasks, seeds=seeds, backbones=backbones, more=more))
+    return path
+
+
 @pytest.fixture
 def write(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Write a plan on the tiny backbone; without arguments two methods, two tasks, two seeds."""
+    """Write `plan.toml` with changes, where the tiny backbone is known by its name."""
     monkeypatch.setenv("DELTATUNE_MODELS", str(models))
-
-    def write(tasks: str = '"topic", "sentiment"', seeds: str = "0, 1", backbones: str = '"tiny"', more: str = "") -> Path:
-        path = tmp_path / "plan.toml"
-        path.write_text(PLAN.format(tasks=tasks, seeds=seeds, backbones=backbones, more=more))
-        return path
-
-    return write
+    return partial(write_plan, tmp_path / "plan.toml")
 
 
 @pytest.fixture

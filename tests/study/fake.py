@@ -16,7 +16,14 @@ from deltatune.files import write_json, write_text
 from deltatune.tuning import Run
 
 STRENGTH = {"PromptTuning": 0.55, "PrefixTuning": 0.78, "BitFit": 0.82, "LoRA": 0.9, "Adapter": 0.88, "Full": 0.93}
-COUNT = {"PromptTuning": 5120, "PrefixTuning": 789_000, "BitFit": 14_336, "LoRA": 98_304, "Adapter": 270_000, "Full": 10_200_000}
+COUNT = {
+    "PromptTuning": 5120,
+    "PrefixTuning": 789_000,
+    "BitFit": 14_336,
+    "LoRA": 98_304,
+    "Adapter": 270_000,
+    "Full": 10_200_000,
+}
 BACKBONE = 10_200_000
 ENVIRONMENT = {
     "python": "3.11.9",

@@ -19,7 +19,7 @@ from deltatune.study.status import Status
 from deltatune.study.store import Store
 from tests.study.fake import fake_tune
 
-SEARCH = "[search]\nlr = [1e-3, 3e-3]\ntasks = [\"topic\"]\nsteps = 10"
+SEARCH = '[search]\nlr = [1e-3, 3e-3]\ntasks = ["topic"]\nsteps = 10'
 
 
 def do(plan: Plan | Path, folder: Path, workers: int = 1, retry_failed: bool = False) -> Status:
@@ -53,6 +53,16 @@ def test_a_finished_study_starts_nothing_and_a_longer_plan_only_what_is_new(
     assert all(len(each) == 1 for each in later.values())
     # 4 candidates; the 4 runs of seed 0 are as before where the search took their learning rate again.
     assert status(folder).counts["done"] == 4 + 8
+
+
+def test_a_candidate_that_is_also_a_final_run_is_done_once_and_counted_twice(
+    write: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "study"
+    now = do(write(tasks='"topic"', seeds="0", more="[search]\nlr = [1e-3, 3e-3]"), folder)
+    assert now.complete and len(now.lines) == 4 + 2
+    assert len(starts(folder)) == 4 and all(len(each) == 1 for each in starts(folder).values())
+    assert "6 of 6 runs" in capsys.readouterr().out
 
 
 def test_two_commands_share_the_work_and_no_run_is_started_twice(
@@ -103,7 +113,9 @@ def test_a_run_whose_process_dies_is_tried_once_more_by_another(
         assert len(pids) == len(set(pids)) == (tries if line.entry.run.task == "topic" else 1)
 
 
-def test_a_failing_candidate_only_loses_the_search(write: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_candidate_only_loses_the_search(
+    write: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, plan = tmp_path / "study", write(tasks='"sentiment"', seeds="0", more=SEARCH)
     store = Store(folder)
     for entry in Plan.read(plan).search_runs():
@@ -129,7 +141,9 @@ def test_workers_end_with_their_parent(write: Callable, tmp_path: Path, monkeypa
     assert "running" not in {line.state for line in status(folder).lines}
 
 
-def test_ctrl_c_leaves_no_process_and_no_failure(write: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_leaves_no_process_and_no_failure(
+    write: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, plan = tmp_path / "study", write(seeds="0")
     seen: list[int] = []
 

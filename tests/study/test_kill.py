@@ -19,9 +19,16 @@ import pytest
 from deltatune.study.collect import collect
 
 KILLS = 10
-LIMIT = 120.0
+LIMIT = 300.0
 # What a clock or the system decides, so that it differs between any two runs.
-MEASURED = {"train_seconds", "evaluate_seconds", "total_seconds", "step_seconds", "tokens_per_second", "peak_memory_bytes"}
+MEASURED = {
+    "train_seconds",
+    "evaluate_seconds",
+    "total_seconds",
+    "step_seconds",
+    "tokens_per_second",
+    "peak_memory_bytes",
+}
 MORE = """
 checkpoint_every = 4
 batch = 4
@@ -108,7 +115,7 @@ def test_ten_kills_change_nothing(write: Callable, models: Path, tmp_path: Path)
     assert len(calm) == 4 + 8
     assert killed.count("training") >= 3, f"the kills came too late to disturb anything: {killed}"
     assert table(tmp_path / "killed") == calm
-    litter = [path.name for path in (tmp_path / "killed").glob("runs/*/*") if "checkpoint" in path.name]
-    assert not litter
+    kept = {path.name for path in (tmp_path / "killed").glob("runs/*/*")}
+    assert kept == {path.name for path in (tmp_path / "calm").glob("runs/*/*")}
     if "over" in killed:
         pytest.skip(f"the study ended before the tenth kill: {killed}")

@@ -74,7 +74,9 @@ def test_without_tasks_the_search_decides_for_each_task_by_itself(plan: Callable
     assert chosen == {("topic", 1e-3), ("sentiment", 1e-2)}
 
 
-def test_blocks_and_own_recipes_apply_where_they_are_written(plan: Callable[..., Plan], write: Callable, tmp_path: Path) -> None:
+def test_blocks_and_own_recipes_apply_where_they_are_written(
+    plan: Callable[..., Plan], write: Callable, tmp_path: Path
+) -> None:
     path = write(more='[[extra]]\nbackbones = ["random:tiny"]\ntasks = ["topic"]\nrecipe = {batch = 4}')
     path.write_text(path.read_text().replace('"Full()"', '{delta = "Full()", recipe = {weight_decay = 0.1}}'))
     made = Plan.read(path)
@@ -106,10 +108,18 @@ MISTAKES = [
     ("lr = 3e-3", 'optimizer = "adm"', r"line 14: \[recipe\] optimizer: .*'adm'.*'adamw'"),
     ("lr = 3e-3", '[baseline]\nmethod = "Fool"', r"line 15: \[baseline\] method: there is no method 'Fool'.*'Full'"),
     ("lr = 3e-3", "[search]\nlr = [1e-3]\n[search.methods]\nLora = [1e-3]", r"\[search.methods\] Lora: .*'LoRA'"),
-    ("lr = 3e-3", "[search]\nlr = [1e-3]\n[search.methods]\nLoRA = [1e-3, 1]", r"'LoRA' has 2 candidates where others have 1"),
+    (
+        "lr = 3e-3",
+        "[search]\nlr = [1e-3]\n[search.methods]\nLoRA = [1e-3, 1]",
+        r"'LoRA' has 2 candidates where others have 1",
+    ),
     ("lr = 3e-3", "[search]\nlr = [0]", r"line 15: \[search\] lr: .*above 0"),
     ("lr = 3e-3", "eval_every = 0\n[search]\nlr = [1]", r"line 14: \[recipe\] eval_every: is 0, but \[search\]"),
-    ("lr = 3e-3", '[[extra]]\nbackbones = ["tiny"]', r"extra: the backbone 'tiny' is already planned on the task 'topic'"),
+    (
+        "lr = 3e-3",
+        '[[extra]]\nbackbones = ["tiny"]',
+        r"extra: the backbone 'tiny' is already planned on the task 'topic'",
+    ),
 ]
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
+from typer.testing import CliRunner
 
+from deltatune.cli.study import app
 from deltatune.errors import DeltaTuneError
 from deltatune.files import write_json
 from deltatune.study import Plan, report
@@ -22,25 +24,41 @@ from deltatune.study.collect import collect, read
 from deltatune.study.inputs import inspect
 from deltatune.study.items import item_scores
 from deltatune.study.store import Store
+from tests.study.conftest import write_plan
 from tests.study.fake import fake_tune
 
 SEARCH = '[search]\nlr = [1e-3, 3e-3]\ntasks = ["topic"]\nsteps = 10'
 TASKS = '"topic", "sentiment", "pronoun"'
 
 
-@pytest.fixture
-def study(plan: Callable[..., Plan], tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def original(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of two methods, three tasks and two seeds, with a search; one run failed and one is not done."""
-    made, store = plan(tasks=TASKS, more=SEARCH), Store(tmp_path / "study")
-    store.open(made, inspect(made))
-    for entry in made.search_runs():
-        do(store, entry.run)
-    final = [entry for entry in made.runs(store.dev_scores(made)) if entry.part == "final"]
-    for entry in final[:-2]:
-        do(store, entry.run)
-    store.begin(final[-1].run)
-    store.fail(final[-1].run.id, "NonFiniteLoss", "the loss is <nan> & more")
+    folder = tmp_path_factory.mktemp("original")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DELTATUNE_MODELS", str(models))
+        made, store = Plan.read(write_plan(folder / "plan.toml", tasks=TASKS, more=SEARCH)), Store(folder / "study")
+        store.open(made, inspect(made))
+        for entry in made.search_runs():
+            do(store, entry.run)
+        final = [entry for entry in made.runs(store.dev_scores(made)) if entry.part == "final"]
+        for entry in final[:-2]:
+            do(store, entry.run)
+        store.begin(final[-1].run)
+        store.fail(final[-1].run.id, "NonFiniteLoss", "the loss is <nan> & more")
     return store.folder
+
+
+@pytest.fixture(scope="module")
+def out(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of its report."""
+    return report(original, tmp_path_factory.mktemp("out")).parent
+
+
+@pytest.fixture
+def study(original: Path, tmp_path: Path) -> Path:
+    """A copy of the study."""
+    return Path(shutil.copytree(original, tmp_path / "study"))
 
 
 def do(store: Store, run) -> None:
@@ -68,8 +86,8 @@ class Page(HTMLParser):
                 self.others.append((tag, name, value))
 
 
-def test_the_page_is_self_contained_and_every_link_has_its_target(study: Path, tmp_path: Path) -> None:
-    text = report(study, tmp_path / "out").read_text()
+def test_the_page_is_self_contained_and_every_link_has_its_target(study: Path, out: Path) -> None:
+    text = (out / "report.html").read_text()
     page = Page(text)
     assert "http://" not in text and "https://" not in text and "@import" not in text
     assert page.others == []
@@ -117,9 +135,10 @@ def test_candidates_of_the_search_show_no_test_score(study: Path) -> None:
     assert all(record.test is None and not record.items for record in collect(study).search)
 
 
-def test_the_same_study_gives_the_same_files_and_so_does_its_results_json(study: Path, tmp_path: Path) -> None:
-    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    report(study, first)
+def test_the_same_study_gives_the_same_files_and_so_does_its_results_json(
+    study: Path, out: Path, tmp_path: Path
+) -> None:
+    first, second, third = out, tmp_path / "second", tmp_path / "third"
     report(study, second)
     report(first / "results.json", third)
     names = sorted(str(path.relative_to(first)) for path in first.rglob("*") if path.is_file())
@@ -133,29 +152,37 @@ def test_the_same_study_gives_the_same_files_and_so_does_its_results_json(study:
 
 def test_the_report_needs_neither_data_nor_models(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DELTATUNE_MODELS", str(tmp_path / "nowhere"))
-    moved = tmp_path / "moved"
-    shutil.copytree(study, moved)
-    assert len(read(moved).records) == 14
+    assert len(read(study).records) == 14
 
 
-def test_csv_and_markdown_name_every_run(study: Path, tmp_path: Path) -> None:
-    report(study, tmp_path / "out")
+def test_csv_and_markdown_name_every_run(study: Path, out: Path) -> None:
     ids = {record.id for record in collect(study).records}
-    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    rows = list(csv.DictReader((out / "results.csv").open()))
     assert {row["id"] for row in rows} == ids
     assert {float(row["recipe.lr"]) for row in rows if row["part"] == "final"} == {3e-3}
-    text = (tmp_path / "out" / "report.md").read_text()
+    text = (out / "report.md").read_text()
     assert set(re.findall(r'<a id="run-(\w+)">', text)) == ids
     assert set(re.findall(r"\(#run-(\w+)\)", text)) <= ids
     for picture in re.findall(r"\]\((figures/[^)]+)\)", text):
-        assert (tmp_path / "out" / picture).exists()
+        assert (out / picture).exists()
 
 
-def test_the_top_says_what_is_missing_and_where_it_was_made(study: Path, tmp_path: Path) -> None:
-    text = report(study, tmp_path / "out").read_text()
+def test_the_top_says_what_is_missing_and_where_it_was_made(out: Path) -> None:
+    text = (out / "report.html").read_text()
     for part in ("2 runs missing (1 failed, 1 pending)", "2 seeds (0, 1)", "A processor of the test", "torch 2.13.0"):
         assert part in text
     assert "commit 0123456789ab with uncommitted changes" in text
+
+
+def test_the_commands_show_the_state_and_write_the_report(study: Path) -> None:
+    shown = CliRunner().invoke(app, ["status", str(study)])
+    assert shown.exit_code == 0
+    rows = [line.split() for line in shown.output.splitlines()]
+    assert ["LoRA", "7", "1"] in rows or ["LoRA", "8"] in rows
+    assert "failed: Full on pronoun, tiny, seed 1: NonFiniteLoss: the loss is <nan> & more" in shown.output
+    written = CliRunner().invoke(app, ["report", str(study)])
+    assert written.exit_code == 0 and str(study / "report" / "report.html") in written.output
+    assert (study / "report" / "report.html").exists()
 
 
 def test_a_study_without_a_finished_run_has_a_report(plan: Callable[..., Plan], tmp_path: Path) -> None:

@@ -54,10 +54,14 @@ def test_difference_adds_the_variance_of_seeds_and_of_items() -> None:
     seeds_only = difference(a, b)
     # Pooled variance 2 of each method, two seeds, two tasks: (2/2 + 2/2) * 2 tasks / 2**2 = 1; 4 degrees of freedom.
     half = stats.t.ppf(0.975, 4)
-    assert (seeds_only.mean, seeds_only.low, seeds_only.high) == (10.0, pytest.approx(10 - half), pytest.approx(10 + half))
+    assert (seeds_only.mean, seeds_only.low, seeds_only.high) == (
+        10.0,
+        pytest.approx(10 - half),
+        pytest.approx(10 + half),
+    )
     items = [[0.0, 20.0] * 50, [0.0, 20.0] * 50]
     both = difference(a, b, items)
-    error = item_error(items)
+    error = item_error(items) or 0.0
     assert error == pytest.approx(math.sqrt(2 * 100 / 100) / 2, rel=0.1)
     assert both.high == pytest.approx(10 + half * math.sqrt(1 + error**2))
     assert not seeds_only.within_noise and not both.within_noise
@@ -67,8 +71,8 @@ def test_difference_without_any_known_spread_claims_nothing() -> None:
     found = difference([[80.0], [60.0]], [[70.0], [50.0]])
     assert (found.mean, found.low, found.high) == (10.0, None, None)
     assert found.within_noise
-    with_items = difference([[80.0]], [[70.0]], [[0.0, 20.0] * 50])
-    assert with_items.low == pytest.approx(10 - 1.96 * item_error([[0.0, 20.0] * 50]), abs=0.01)
+    items = [[0.0, 20.0] * 50]
+    assert difference([[80.0]], [[70.0]], items).low == pytest.approx(10 - 1.96 * (item_error(items) or 0.0), abs=0.01)
 
 
 def test_ranks_friedman_and_critical_difference() -> None:

@@ -143,10 +143,10 @@ def test_methods_on_every_kind(kind: str, delta: str, names: dict[str, str], tmp
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 def test_a_generation_task(kind: str, names: dict[str, str], tmp_path: Path) -> None:
-    recipe = dataclasses.replace(RECIPE, lr=5e-3, steps=60)
+    recipe = dataclasses.replace(RECIPE, lr=5e-3, steps=100, eval_every=0)
     result = tune(Run("Full()", names[kind], names["words"], recipe), tmp_path)
     assert result["majority"] is None and result["metric"] == "exact-match"
-    assert result["test"] > 50
+    assert result["test"] > 40, "always the same word is right in 1 of 4"
 
 
 def test_no_trained_parameters_means_the_bare_backbone(names: dict[str, str], tmp_path: Path) -> None:
@@ -200,3 +200,16 @@ def test_the_environment_names_versions_and_hardware_but_nobody() -> None:
     text = json.dumps(found)
     assert str(Path.home()) not in text and platform.node() not in text
     assert f'"{getpass.getuser()}"' not in text
+
+
+def test_a_real_backbone_learns_a_real_task(
+    shared_models: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven intents of spoken commands; a 260k-parameter story model, LoRA on every linear layer."""
+    monkeypatch.setenv("DELTATUNE_MODELS", str(shared_models))
+    monkeypatch.setenv("DELTATUNE_DATA", str(shared_data))
+    delta = 'LoRA(rank=8).at("{attn.q,attn.k,attn.v,attn.o,ffn.gate,ffn.up,ffn.down}")'
+    recipe = Recipe(steps=80, lr=5e-3, eval_every=0, test_limit=60, max_input=48)
+    result = tune(Run(delta, "stories260k", "snips_intent", recipe), tmp_path)
+    assert result["majority"] < 25
+    assert result["test"] > result["majority"] + 15

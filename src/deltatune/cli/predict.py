@@ -41,7 +41,6 @@ def predict(
 ) -> None:
     """Answer texts with a tuned delta, one answer a line."""
     questions = _questions(texts or [], file)
-    from deltatune.files import write_text
     from deltatune.tuning import predict
 
     answers = predict(backbone, weights, questions, task)
@@ -49,6 +48,12 @@ def predict(
         for answer in answers:
             typer.echo(answer)
         return
+    _write(out, questions, answers)
+
+
+def _write(out: Path, questions: list[str | Example], answers: list[str]) -> None:
+    from deltatune.files import write_text
+
     inputs = [question if isinstance(question, str) else question.input for question in questions]
     lines = [
         json.dumps({"input": text, "prediction": answer}, ensure_ascii=False)

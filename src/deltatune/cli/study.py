@@ -29,7 +29,9 @@ def run(
     workers: Annotated[
         int | None, typer.Option("--workers", "-w", min=1, help="Processes that work at a time; by default one a core.")
     ] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try the runs again that failed before.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try the runs again that failed before.")
+    ] = False,
 ) -> None:
     """Do every run of a plan that is not done yet.
 
@@ -62,10 +64,12 @@ def status(folder: Folder) -> None:
 @app.command()
 def report(
     folder: Annotated[
-        Path, typer.Argument(help="The study's folder, or a results.json that an earlier report wrote.", show_default=False)
+        Path,
+        typer.Argument(help="The study's folder, or a results.json that an earlier report wrote.", show_default=False),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for the report; by default `report` in the study's folder.")
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for the report; by default `report` in the study's folder."),
     ] = None,
 ) -> None:
     """Write the report: report.html (one page, no network needed), report.md, results.csv, results.json, figures.
@@ -92,7 +96,7 @@ def _show(status: Status) -> None:
     for line in status.failures[:SHOWN_FAILURES]:
         run = line.entry.run
         title = f"{line.entry.method} on {run.task}, {run.backbone}, seed {run.seed}"
-        console.print(f"[red]failed[/red] {title}: {line.reason}", soft_wrap=True)
+        console.print(f"failed: {title}: {line.reason}", style="red", markup=False, soft_wrap=True)
     if len(status.failures) > SHOWN_FAILURES:
         console.print(f"and {len(status.failures) - SHOWN_FAILURES} more failed runs; the report lists them all.")
     if status.failures:
@@ -101,14 +105,17 @@ def _show(status: Status) -> None:
 
 def _table(status: Status) -> Table:
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     states = ("done", "running", "failed", "pending")
-    table = Table("method", *states, box=box.SIMPLE_HEAD, pad_edge=False, title=f"{status.name} in {status.folder}")
+    table = Table(
+        "method", *states, box=box.SIMPLE_HEAD, pad_edge=False, title=escape(f"{status.name} in {status.folder}")
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for method, counts in status.by_method().items():
-        table.add_row(method, *(str(counts[state] or "") for state in states))
+        table.add_row(escape(method), *(str(counts[state] or "") for state in states))
     table.add_section()
     table.add_row("all", *(str(status.counts[state]) for state in states))
     return table

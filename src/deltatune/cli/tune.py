@@ -19,8 +19,8 @@ INTERRUPTED = 130
 MORE = "Finer control"
 
 
-def _option(help: str, panel: str | None = None, **settings: Any) -> Any:
-    return typer.Option(help=help, rich_help_panel=panel, show_default=True, **settings)
+def _option(help: str, panel: str | None = None) -> Any:
+    return typer.Option(help=help, rich_help_panel=panel)
 
 
 Delta = Annotated[str, _option("What to train: methods, with their places where they are not the default ones.")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
+from keyword import iskeyword
 from operator import attrgetter
 from types import TracebackType
 from typing import Any
@@ -200,7 +201,7 @@ def attach(
 
 def _free_name(model: nn.Module, name: str | None) -> str:
     deltas = model._modules.get("deltas")
-    if deltas is not None and not isinstance(deltas, Deltas):
+    if "deltas" in dir(model) and not isinstance(deltas, Deltas):
         raise DeltaTuneError(
             "the model has a child called 'deltas' of its own, the name that deltatune reserves on the root."
         )
@@ -211,7 +212,7 @@ def _free_name(model: nn.Module, name: str | None) -> str:
         raise DeltaTuneError(
             f"a delta called {name!r} is attached already ({taken[name].delta}); detach it or choose another name."
         )
-    if not name.isidentifier() or name in ("training", "attached", "frozen", "settings") or name in dir(nn.Module):
+    if not name.isidentifier() or iskeyword(name) or name in dir(Deltas([])):
         raise DeltaTuneError(f"{name!r} cannot be read as model.deltas.<name>; choose a plain name such as 'sst2'.")
     return name
 

@@ -68,12 +68,12 @@ def parse(text: str | list[Any]) -> Delta:
     """Read a delta from its text, e.g. `LoRA(rank=8).at("attn.{q,v}") + BitFit()`, or from its JSON value."""
     if isinstance(text, str):
         return _parse_sum(read(text), text)
-    try:
-        return Delta(tuple(Term(term["where"], from_json(term["method"], Method)) for term in text))
-    except (TypeError, KeyError) as error:
-        raise DeltaTuneError(
-            f'a delta is a list of {{"where": ..., "method": {{...}}}}; found {text!r} ({error}).'
-        ) from None
+    if not isinstance(text, list) or not all(isinstance(t, dict) and t.keys() == {"where", "method"} for t in text):
+        raise DeltaTuneError(f'a delta is a list of {{"where": ..., "method": {{...}}}}; found {text!r}.')
+    for term in text:
+        if not isinstance(term["where"], str):
+            raise DeltaTuneError(f"a where is a text such as attn.{{q,v}}; found {term['where']!r}.")
+    return Delta(tuple(Term(term["where"], from_json(term["method"], Method)) for term in text))
 
 
 def _parse_sum(node: ast.expr, text: str) -> Delta:

@@ -24,7 +24,7 @@ def check_backbone(wanted: Fingerprint, found: Fingerprint, check: bool) -> None
 def check_tensors(weights: Weights, placements: list[Placement]) -> None:
     """Raise `DeltaTuneError` when the tensors are not exactly those that the placements declare."""
     wanted = {p.name(leaf): d.shape for p in placements for leaf, d in p.leaves.items() if d.trained}
-    for name in wanted.keys() - weights.tensors.keys():
+    for name in sorted(wanted.keys() - weights.tensors.keys()):
         raise DeltaTuneError(
             f"the weights lack the tensor {name!r} of {weights.delta}.{nearest(name, weights.tensors)}"
         )
@@ -37,3 +37,5 @@ def check_tensors(weights: Weights, placements: list[Placement]) -> None:
             raise DeltaTuneError(
                 f"the tensor {name!r} has the shape {tuple(tensor.shape)}; this backbone needs {wanted[name]}."
             )
+        if not tensor.is_floating_point():
+            raise DeltaTuneError(f"the tensor {name!r} holds {tensor.dtype}; a delta's tensors are float32.")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deltatune.core.attach import Attachment
 from deltatune.core.delta import Placement, place
+from deltatune.core.fit import check_tensors
 from deltatune.core.method import OnLinear, OnTensor
 from deltatune.core.ports import Tensors
 from deltatune.core.site import Site
@@ -34,6 +35,7 @@ def merge(model: nn.Module, what: Weights | Attachment, untie: bool = False) -> 
             raise DeltaTuneError(
                 f"{placement.method} cannot be merged: {placement.method.breaks['merge']}. Keep it attached."
             )
+    check_tensors(weights, placements)
     holder = _holder(model, weights, placements)
     changed: Change = {}
     for placement in placements:

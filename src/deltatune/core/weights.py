@@ -44,6 +44,17 @@ class Fingerprint:
         """Return the fingerprint as a JSON object."""
         return {"family": self.family, "structure": self.structure, "values": self.values}
 
+    @staticmethod
+    def from_json(value: Any) -> Fingerprint:
+        """Read a fingerprint; raises `DeltaTuneError` when the object is not one."""
+        kinds = {"family": str, "structure": str, "values": str | None}
+        if not isinstance(value, dict) or value.keys() != kinds.keys():
+            raise DeltaTuneError(f"a backbone's fingerprint has the keys {', '.join(kinds)}; found {value!r}.")
+        for name, kind in kinds.items():
+            if not isinstance(value[name], kind):
+                raise DeltaTuneError(f"the {name} of a backbone's fingerprint is a text; found {value[name]!r}.")
+        return Fingerprint(**value)
+
 
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Return the fingerprint of a backbone, without what deltas add to it."""
@@ -113,6 +124,8 @@ class Weights:
                 header = (file.metadata() or {}).get("deltatune")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
+            if path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+                raise _pickled(path) from None
             raise DeltaTuneError(
                 f"{path} is not a whole safetensors file ({error}); it may be truncated: copy or save it again."
             ) from None
@@ -121,14 +134,17 @@ class Weights:
             raise DeltaTuneError(
                 f"{path} is a safetensors file, but deltatune did not write it (tensors: {some} ...); it has no delta spec."
             )
-        return _from_header(json.loads(header), tensors, path)
+        try:
+            return _from_header(json.loads(header), tensors)
+        except json.JSONDecodeError as error:
+            raise DeltaTuneError(f"the spec in the header of {path} is not JSON: {error}.") from None
+        except DeltaTuneError as error:
+            raise DeltaTuneError(f"cannot read the spec in the header of {path}: {error}") from None
 
 
 def _weights_file(path: Path) -> Path:
     if path.suffix in PICKLES:
-        raise DeltaTuneError(
-            f"{path} is a pickle, which can run any code when it is opened; deltatune reads safetensors only."
-        )
+        raise _pickled(path)
     file = path / "delta.safetensors" if path.is_dir() else path
     if not file.is_file():
         found = sorted(p.name for p in path.iterdir())[:5] if path.is_dir() else []
@@ -137,12 +153,27 @@ def _weights_file(path: Path) -> Path:
     return file
 
 
-def _from_header(spec: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> Weights:
+def _pickled(path: Path) -> DeltaTuneError:
+    return DeltaTuneError(
+        f"{path} is a pickle, which can run any code when it is opened; deltatune reads safetensors only."
+    )
+
+
+def _from_header(spec: Any, tensors: dict[str, Tensor]) -> Weights:
+    if not isinstance(spec, dict):
+        raise DeltaTuneError(f"a spec is a JSON object; found {spec!r}.")
     if spec.get("format") != FORMAT:
-        raise DeltaTuneError(
-            f"{path} has the format {spec.get('format')!r}; this version of deltatune reads {FORMAT!r}."
-        )
-    return Weights(parse(spec["delta"]), tensors, Fingerprint(**spec["backbone"]), spec["seed"], spec.get("notes", {}))
+        raise DeltaTuneError(f"its format is {spec.get('format')!r}; this version of deltatune reads {FORMAT!r}.")
+    kinds = {
+        "delta": (list, "a list"),
+        "backbone": (dict, "an object"),
+        "seed": (int, "a whole number"),
+        "notes": (dict, "an object"),
+    }
+    for name, (kind, words) in kinds.items():
+        if not isinstance(spec.get(name), kind):
+            raise DeltaTuneError(f"{name!r} is missing or is not {words}; found {spec.get(name)!r}.")
+    return Weights(parse(spec["delta"]), tensors, Fingerprint.from_json(spec["backbone"]), spec["seed"], spec["notes"])
 
 
 def init(delta: Delta | Method, model: nn.Module, seed: int = 0, evidence: Mapping[str, Any] | None = None) -> Weights:
@@ -195,8 +226,12 @@ def _start(
 
 def flatten(model: nn.Module, weights: Weights) -> Weights:
     """Return the same delta without its reparameterizations: what their maps compute, as plain leaves (Li and Liang, 2021)."""
+    from deltatune.core.fit import check_tensors
+
     tensors: dict[str, Tensor] = {}
-    for placement in place(model, weights.delta):
+    placements = place(model, weights.delta)
+    check_tensors(weights, placements)
+    for placement in placements:
         held = {leaf: weights.tensors[placement.name(leaf)] for leaf, d in placement.leaves.items() if d.trained}
         if placement.method.computes is placement.method:
             tensors.update({placement.name(leaf): tensor for leaf, tensor in held.items()})

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from torch import nn
@@ -42,14 +43,19 @@ class Atom:
 
 def expand(where: str) -> list[str]:
     """Expand `{a,b}` sets; a `?` behind a set or a member moves to the end of what it makes optional."""
+    depths = list(accumulate((sign == "{") - (sign == "}") for sign in where))
+    if depths and (depths[-1] or min(depths) < 0):
+        raise DeltaTuneError(f"the braces in {where!r} do not match; write sets as {{a,b}}.")
+    return _expand(where)
+
+
+def _expand(where: str) -> list[str]:
     start = where.find("{")
     if start < 0:
-        if "}" in where:
-            raise DeltaTuneError(f"the braces in {where!r} do not match; write sets as {{a,b}}.")
         return [where]
     choices, tail = _split(where, start)
-    tails = expand(tail)
-    return [_join(where[:start], middle, end) for choice in choices for middle in expand(choice) for end in tails]
+    tails = _expand(tail)
+    return [_join(where[:start], middle, end) for choice in choices for middle in _expand(choice) for end in tails]
 
 
 def _split(where: str, start: int) -> tuple[list[str], str]:
@@ -61,8 +67,8 @@ def _split(where: str, start: int) -> tuple[list[str], str]:
             choices.append(where[begin:at].strip())
             begin = at + 1
         if depth == 0:
-            return choices, where[begin:]
-    raise DeltaTuneError(f"the braces in {where!r} do not match; write sets as {{a,b}}.")
+            break
+    return choices, where[begin:]
 
 
 def _join(before: str, middle: str, after: str) -> str:
@@ -105,8 +111,11 @@ def _layers(text: str | None, where: str) -> slice | int | None:
     if text is None:
         return None
     try:
-        numbers = [int(piece) if piece else None for piece in text.split(":")]
-        return slice(*numbers) if len(numbers) > 1 else int(text)
+        if ":" not in text:
+            return int(text)
+        layers = slice(*(int(piece) if piece else None for piece in text.split(":")))
+        range(0)[layers]  # a step of zero is found here
+        return layers
     except (ValueError, TypeError):
         raise DeltaTuneError(
             f"[{text}] in {where!r} is not a Python index or slice; write [3], [-1], [6:] or [::2]."
@@ -138,7 +147,7 @@ def _glob(path: str) -> re.Pattern[str]:
 
 
 def _name(name: str) -> str:
-    return "[^.]*".join(map(re.escape, name.split("*")))
+    return "[^.]+" if name == "*" else "[^.]*".join(map(re.escape, name.split("*")))
 
 
 def _by_role(atom: Atom, anatomy: Anatomy) -> list[Place]:

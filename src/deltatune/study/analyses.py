@@ -147,7 +147,8 @@ def _line(
 ) -> MethodLine:
     runs = [record for record in final if record.method == method]
     own = [scores[method, task] for task in common]
-    full = [scores[results.baseline, task].summary.mean for task in common if (results.baseline, task) in scores]
+    baseline = results.baseline or ""
+    full = [scores[baseline, task].summary.mean for task in common if (baseline, task) in scores]
     average = fmean(score.summary.mean for score in own) if own else None
     over = [score.over_majority for score in own if score.over_majority is not None]
     reached, of = _convergence(final, runs)
@@ -208,15 +209,12 @@ def _dev(record: Record) -> float:
 def _categories(
     results: Results, scores: dict[tuple[str, str], Score], methods: Sequence[str], common: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    names = dict.fromkeys(results.tasks[task]["category"] or "other" for task in common)
+    groups: dict[str, list[str]] = {}
+    for task in common:
+        groups.setdefault(results.category(task), []).append(task)
     return {
-        name: {
-            method: fmean(
-                scores[method, task].summary.mean for task in common if (results.tasks[task]["category"] or "other") == name
-            )
-            for method in methods
-        }
-        for name in names
+        name: {method: fmean(scores[method, task].summary.mean for task in tasks) for method in methods}
+        for name, tasks in groups.items()
     }
 
 
@@ -224,9 +222,7 @@ def _comparisons(
     scores: dict[tuple[str, str], Score], methods: Sequence[str], common: Sequence[str]
 ) -> tuple[Comparison, ...]:
     pairs = [(a, b) for a, b in combinations(methods, 2)] if common else []
-    raw = [
-        wilcoxon([scores[a, task].summary.mean - scores[b, task].summary.mean for task in common]) for a, b in pairs
-    ]
+    raw = [wilcoxon([scores[a, task].summary.mean - scores[b, task].summary.mean for task in common]) for a, b in pairs]
     return tuple(
         Comparison(a, b, len(common), _difference(scores, a, b, common), p)
         for (a, b), p in zip(pairs, adjust(raw), strict=True)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from deltatune.tuning import Run
 
 LOSS_POINTS = 40
+# What a record takes over from result.json under the same name.
+SAME = ("metric", "dev", "majority", "train_loss", "best_step", "steps", "stopped", "parameters", "backbone_parameters")
+SAME += ("file_bytes", "step_seconds", "tokens", "tokens_per_second", "peak_memory_bytes")
 
 
 def read(path: Path | str) -> Results:
@@ -30,8 +33,8 @@ def collect(folder: Path) -> Results:
     """The results in a study's directory; needs neither the data nor the models."""
     store = Store(folder)
     plan, manifest, now, found = store.plan(), store.manifest(), status(folder), store.found()
-    done = [line for line in now.lines if line.found and line.found.result]
-    environments = {_key(line.found.result["environment"]): line.found.result["environment"] for line in done}
+    done = [(line.entry, line.found.id, line.found.result) for line in now.lines if line.found and line.found.result]
+    environments = {_key(result["environment"]): result["environment"] for _, _, result in done}
     used = {line.found.id for line in now.lines if line.found}
     return Results(
         name=plan.name,
@@ -41,25 +44,21 @@ def collect(folder: Path) -> Results:
         backbones={name: manifest["backbones"][name] for name in plan.backbones},
         tasks={name: manifest["tasks"][name] for name in plan.tasks},
         environments=dict(sorted(environments.items())),
-        records=[_record(store, line, line.found) for line in done],
+        records=[_record(store.run_folder(id), entry, id, result) for entry, id, result in done],
         gaps=_gaps(now),
         choices=_choices(plan, found),
         unplanned=sum(1 for each in found.values() if each.id not in used),
     )
 
 
-def _record(store: Store, line: Line, found: Found) -> Record:
-    result, run = found.result, line.entry.run
-    folder = store.run_folder(found.id)
+def _record(folder: Path, entry: Entry, id: str, result: Mapping[str, Any]) -> Record:
+    run, final = entry.run, entry.part == "final"
     log = _lines(folder / "log.jsonl")
-    final = line.entry.part == "final"
     ids, items = item_scores(result["metric"], _lines(folder / "predictions.jsonl")) if final else ("", [])
-    same = ("metric", "dev", "majority", "train_loss", "best_step", "steps", "stopped", "parameters", "backbone_parameters")
-    cost = ("file_bytes", "step_seconds", "tokens", "tokens_per_second", "peak_memory_bytes")
     return Record(
-        id=found.id,
-        part=line.entry.part,
-        method=line.entry.method,
+        id=id,
+        part=entry.part,
+        method=entry.method,
         delta=run.delta,
         backbone=run.backbone,
         task=run.task,
@@ -75,7 +74,7 @@ def _record(store: Store, line: Line, found: Found) -> Record:
         loss=_thin([[row["step"], round(row["loss"], 4)] for row in log if "loss" in row]),
         items=items,
         item_ids=ids,
-        **{name: result[name] for name in (*same, *cost)},
+        **{name: result[name] for name in SAME},
     )
 
 
@@ -110,7 +109,8 @@ def _gaps(now: Status) -> list[Gap]:
         if line.state != "done"
     ]
     return begun + [
-        Gap("", "final", *_fields(cell), "pending", "its search has not found a learning rate") for cell in now.undecided
+        Gap("", "final", *_fields(cell), "pending", "its search has not found a learning rate")
+        for cell in now.undecided
     ]
 
 

@@ -46,7 +46,7 @@ def run_study(
         for found in store.found().values():
             store.forgive(found.id)
     size = workers or cores()
-    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cores() // size)))
+    threads = int(os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // size))).split(",")[0])
     crew = Crew(store, size, threads, execute)
     with Display(plan) as display, crew.at_work():
         Dispatch(plan, store, crew, display).all()
@@ -60,6 +60,7 @@ class Dispatch:
         self.plan, self.store, self.crew, self.display = plan, store, crew, display
         self.dev = store.dev_scores(plan)
         self.settled: set[Run] = set()
+        self.counted: set[Entry] = set()
         self.open: dict[Run, Entry] = {}
         self.elsewhere: dict[Run, float] = {}
         self.deaths: Counter[Run] = Counter()
@@ -75,9 +76,17 @@ class Dispatch:
                 self._hear(worker, kind, step)
 
     def _plan_ahead(self) -> None:
+        entries = self.plan.runs(self.dev)
+        for entry in entries:
+            # A final run may be one of the candidates again; it is done, but has its own place in the count.
+            if entry.run in self.settled and entry not in self.counted:
+                self._count(entry)
         # Rebuilt rather than extended, so that the order is the plan's whichever search ended first.
-        entries = {entry.run: entry for entry in reversed(self.plan.runs(self.dev)) if entry.run not in self.settled}
-        self.open = dict(reversed(entries.items()))
+        self.open = dict(reversed([(entry.run, entry) for entry in reversed(entries) if entry.run not in self.settled]))
+
+    def _count(self, entry: Entry) -> None:
+        self.counted.add(entry)
+        self.display.settle(entry, self.store.find(entry.run.id))
 
     def _hand_out(self) -> None:
         while (entry := self._next()) and (worker := self.crew.idle()):
@@ -114,7 +123,9 @@ class Dispatch:
     def _bury(self, entry: Entry, exit_code: int | None) -> None:
         self.deaths[entry.run] += 1
         if self.deaths[entry.run] < ATTEMPTS:
-            self.display.say(f"the process of {entry.run.id} ended with exit code {exit_code}; trying the run once more")
+            self.display.say(
+                f"the process of {entry.run.id} ended with exit code {exit_code}; trying the run once more"
+            )
             return
         with self.store.claim(entry.run.id) as mine:
             if mine and self.store.state(entry.run.id) != "done":
@@ -133,7 +144,7 @@ class Dispatch:
             return found.settled
         self.settled.add(entry.run)
         self.open.pop(entry.run, None)
-        self.display.settle(entry, found)
+        self._count(entry)
         if entry.part == "search" and entry.run not in self.dev:
             self.dev[entry.run] = found.dev
             self._plan_ahead()

@@ -76,7 +76,9 @@ def _costs(tables: BackboneTables) -> Sequence[Panel]:
         ("Peak memory, MB", [value / MEGABYTE for value in memory], [words.size(value) for value in memory]),
         ("Saved delta, MB", [value / MEGABYTE for value in files], [words.size(value) for value in files]),
     ]
-    return [Panel(name, name, (3.7, height), partial(_bars, tables, values, texts, name)) for name, values, texts in costs]
+    return [
+        Panel(name, name, (3.7, height), partial(_bars, tables, values, texts, name)) for name, values, texts in costs
+    ]
 
 
 def _bars(
@@ -92,7 +94,9 @@ def svg(panel: Panel, look: Palette, prefix: str) -> str:
         figure = _figure(panel.size)
         panel.draw(_axes(figure, look.theme, [1, 1])[0], look)
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(
+            file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     return _inline(file.getvalue(), panel.caption, prefix)
 
 

@@ -46,7 +46,11 @@ def html(results: Results, sections: Sequence[Section]) -> str:
         for section in sections
         for figure, group in section.panels.items()
     }
-    return _environment(escape=True).get_template("report.html.j2").render(**_context(results, sections), pictures=pictures)
+    return (
+        _environment(escape=True)
+        .get_template("report.html.j2")
+        .render(**_context(results, sections), pictures=pictures)
+    )
 
 
 def markdown(results: Results, sections: Sequence[Section]) -> str:
@@ -111,7 +115,7 @@ def unique(results: Results) -> list[Record]:
 def _by_category(results: Results, tables: BackboneTables) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for task in tables.tasks:
-        groups.setdefault(results.tasks[task]["category"] or "other", []).append(task)
+        groups.setdefault(results.category(task), []).append(task)
     return groups
 
 
@@ -147,6 +151,13 @@ def _spark(points: Sequence[Sequence[float]], width: int = 120, height: int = 28
     )
 
 
+def _breakable(name: str) -> Any:
+    """A name as HTML that may be broken into lines after its underscores and slashes."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"([_/])", r"\1<wbr>", str(escape(name))))
+
+
 def _environment(escape: bool) -> Any:
     import jinja2
 
@@ -155,5 +166,5 @@ def _environment(escape: bool) -> Any:
         loader=loader, autoescape=escape, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     names = ("score", "signed", "count", "size", "percent", "seconds", "p_value", "number")
-    environment.filters.update({name: vars(words)[name] for name in names}, slug=slug)
+    environment.filters.update({name: vars(words)[name] for name in names}, slug=slug, breakable=_breakable)
     return environment

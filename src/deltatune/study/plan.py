@@ -126,7 +126,9 @@ class Plan:
     def total_steps(self) -> int:
         """Training steps of the whole study, as the measure of progress."""
         searched = sum(entry.run.recipe.steps for entry in self.search_runs())
-        return searched + sum(self._settings(cell.method, block).get("steps", self.recipe.steps) for cell, block in self.cells())
+        return searched + sum(
+            self._settings(cell.method, block).get("steps", self.recipe.steps) for cell, block in self.cells()
+        )
 
     def candidates(self, cell: Cell, block: Block) -> dict[float, list[Entry]]:
         """The search runs that decide the learning rate of a cell, by learning rate."""

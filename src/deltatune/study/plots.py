@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 from deltatune.study.analyses import BackboneTables, MethodLine
 from deltatune.study.palette import Palette
 from deltatune.study.results import Record
-from deltatune.study.words import count
+from deltatune.study.words import count, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.transforms import Bbox
 
+# Size of a panel's title in points, and the number of letters that fit at this size.
+TITLE, TITLE_LETTERS = 11, 34
 # Where a label may stand beside its point: offset in points, horizontal and vertical alignment.
 PLACES = (
     ((9, 0), "left", "center"),
@@ -41,7 +43,7 @@ def score_parameters(axes: Axes, tables: BackboneTables, palette: Palette) -> No
     axes.xaxis.set_major_formatter(lambda value, _: count(value))
     axes.xaxis.set_minor_formatter(lambda value, _: "")
     axes.set_xlabel("trained parameters")
-    axes.set_ylabel(f"test score, mean of {len(tables.common)} tasks")
+    axes.set_ylabel(f"test score, mean of {number(len(tables.common), 'task')}")
     _label(axes, lines, palette)
 
 
@@ -76,19 +78,23 @@ def _label(axes: Axes, lines: Sequence[MethodLine], palette: Palette) -> None:
 def convergence(axes: Axes, records: Sequence[Record], task: str, palette: Palette) -> None:
     """Dev score against step on one task: the mean over seeds as a line, the single seeds behind it."""
     for method in palette.methods:
-        curves = [list(record.curve) for record in records if (record.method, record.task) == (method, task) and record.curve]
+        curves = [
+            {step: dev for step, dev in record.curve}
+            for record in records
+            if (record.method, record.task) == (method, task) and record.curve
+        ]
         if not curves:
             continue
         color = palette.color(method)
         for curve in curves if len(curves) > 1 else []:
-            axes.plot([step for step, _ in curve], [dev for _, dev in curve], color=color, linewidth=0.8, alpha=0.35)
-        steps = sorted(set.intersection(*({step for step, _ in curve} for curve in curves)))
-        means = [fmean(dict(map(tuple, curve))[step] for curve in curves) for step in steps]
+            axes.plot(list(curve), list(curve.values()), color=color, linewidth=0.8, alpha=0.35)
+        steps = sorted(set.intersection(*map(set, curves)))
+        means = [fmean(curve[step] for curve in curves) for step in steps]
         axes.plot(
             steps, means, color=color, linewidth=1.8, marker=palette.marker(method), markersize=5,
             markeredgecolor=palette.theme.paper, markeredgewidth=0.6, label=method,
         )  # fmt: skip
-    axes.set_title(task, loc="left", fontsize=11)
+    axes.set_title(task, loc="left", fontsize=min(TITLE, TITLE * TITLE_LETTERS / len(task)))
     axes.set_xlabel("step")
     axes.set_ylabel("dev score")
 
@@ -105,12 +111,16 @@ def ranks(axes: Axes, tables: BackboneTables, palette: Palette) -> None:
         for rank in sorted(set(values)):
             spread = [row + 0.13 * (place - (values.count(rank) - 1) / 2) for place in range(values.count(rank))]
             axes.plot([rank] * len(spread), spread, "o", color=color, markersize=3.5, alpha=0.55, markeredgewidth=0)
-        axes.plot(tables.ranks.mean[index], row, marker, color=color, markersize=10, markeredgecolor=palette.theme.paper)
-    axes.set_yticks(range(len(names)), [f"{name}  {tables.ranks.mean[index]:.1f}" for name, index in zip(names, order, strict=True)])
+        axes.plot(
+            tables.ranks.mean[index], row, marker, color=color, markersize=10, markeredgecolor=palette.theme.paper
+        )
+    axes.set_yticks(
+        range(len(names)), [f"{name}  {tables.ranks.mean[index]:.1f}" for name, index in zip(names, order, strict=True)]
+    )
     axes.set_ylim(len(names) - 0.4, -1.3 if tables.ranks.critical else -0.7)
     axes.set_xlim(0.6, len(names) + 0.4)
     axes.set_xticks(range(1, len(names) + 1))
-    axes.set_xlabel(f"rank on {len(tables.common)} tasks, 1 is best")
+    axes.set_xlabel(f"rank on {number(len(tables.common), 'task')}, 1 is best")
     if tables.ranks.critical:
         end = min(1 + tables.ranks.critical, len(names) + 0.35)
         axes.plot([1, end], [-0.85, -0.85], color=palette.theme.ink, linewidth=2)

@@ -17,7 +17,8 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Record:
-    """One finished run. `dev` is None without dev evaluations; `curve` is (step, dev score), `loss` (step, train loss) thinned, `items` the test scores in percent.
+    """One finished run. `dev` is None without dev evaluations, `curve` is (step, dev score), `loss` (step, train loss)
+    thinned, `items` the test score of each item.
 
     Times are in seconds, sizes in bytes, scores in percent; `environment` is a key of `Results.environments`, and
     `item_ids` tells whether two runs were tested on the same items.
@@ -99,6 +100,10 @@ class Results:
     gaps: Sequence[Gap]
     choices: Sequence[Choice]
     unplanned: int
+
+    def category(self, task: str) -> str:
+        """The category of a task; "other" where it has none."""
+        return self.tasks[task]["category"] or "other"
 
     @property
     def final(self) -> list[Record]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -75,7 +76,8 @@ def wilcoxon(differences: Sequence[float]) -> float | None:
 
     if not any(differences):
         return None
-    return float(stats.wilcoxon(list(differences), zero_method="zsplit").pvalue)
+    found: Any = stats.wilcoxon(list(differences), zero_method="zsplit")
+    return float(found.pvalue)
 
 
 def adjust(p_values: Sequence[float | None]) -> list[float | None]:
@@ -159,5 +161,7 @@ def ranks(scores: Sequence[Sequence[float]]) -> Ranks:
     if k >= 3 and n >= 2:
         alike = bool(numpy.all(table == table[0, 0]))
         p = 1.0 if alike else float(stats.friedmanchisquare(*table.T).pvalue)
-        critical = float(stats.studentized_range.ppf(LEVEL, k, numpy.inf) / math.sqrt(2) * math.sqrt(k * (k + 1) / (6 * n)))
+        critical = float(
+            stats.studentized_range.ppf(LEVEL, k, numpy.inf) / math.sqrt(2) * math.sqrt(k * (k + 1) / (6 * n))
+        )
     return Ranks(tuple(map(tuple, table.tolist())), tuple(table.mean(axis=0).tolist()), p, critical)

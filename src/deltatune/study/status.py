@@ -56,7 +56,9 @@ class Status:
     @property
     def failures(self) -> list[Line]:
         """The failed runs that leave a gap in the tables; a candidate that fails in a search only loses the search."""
-        return [line for line in self.lines if line.state == "failed" and (line.entry.part == "final" or self.undecided)]
+        return [
+            line for line in self.lines if line.state == "failed" and (line.entry.part == "final" or self.undecided)
+        ]
 
     @property
     def complete(self) -> bool:

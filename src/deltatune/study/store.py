@@ -85,10 +85,14 @@ class Store:
         """What `study.json` says; raises `DeltaTuneError` when the folder holds no study."""
         path = self.folder / "study.json"
         if not path.exists():
-            raise DeltaTuneError(f"{self.folder} holds no study (there is no study.json); `deltatune study run` makes one.")
+            raise DeltaTuneError(
+                f"{self.folder} holds no study (there is no study.json); `deltatune study run` makes one."
+            )
         manifest = read_json(path)
         if manifest.get("format") != FORMAT:
-            raise DeltaTuneError(f"{path} has format {manifest.get('format')!r}, but this version reads format {FORMAT}.")
+            raise DeltaTuneError(
+                f"{path} has format {manifest.get('format')!r}, but this version reads format {FORMAT}."
+            )
         return manifest
 
     def plan(self) -> Plan:

@@ -172,7 +172,7 @@ def _distinct(top: Table, blocks: list[Block]) -> list[Block]:
 def _methods(top: Table) -> dict[str, MethodPlan]:
     table = top.table("methods")
     if not table.values:
-        raise DeltaTuneError(f"{top.file}: [methods] is missing or empty; write for example LoRA = \"LoRA(rank=8)\".")
+        raise DeltaTuneError(f'{top.file}: [methods] is missing or empty; write for example LoRA = "LoRA(rank=8)".')
     methods: dict[str, MethodPlan] = {}
     for label, value in table.values.items():
         plan = _method(table, label, value)
@@ -189,8 +189,10 @@ def _method(table: Table, label: str, value: Any) -> MethodPlan:
         own.only(["delta", "recipe"])
         expression = own.get("delta", str)
         if expression is None:
-            table.wrong(label, f"has no delta; write {label} = {{delta = \"LoRA(rank=8)\"}}.")
-        return MethodPlan(_located(own, "delta", partial(_canonical, expression)), _settings(own.table("recipe")), expression)
+            table.wrong(label, f'has no delta; write {label} = {{delta = "LoRA(rank=8)"}}.')
+        return MethodPlan(
+            _located(own, "delta", partial(_canonical, expression)), _settings(own.table("recipe")), expression
+        )
     expression = table.typed(label, value, str)
     return MethodPlan(_located(table, label, partial(_canonical, expression)), {}, expression)
 
@@ -244,7 +246,9 @@ def _search(top: Table, methods: Mapping[str, MethodPlan], recipe: Recipe) -> Se
     rates = _rates(table, methods)
     for label, method in methods.items():
         if "lr" in method.recipe:
-            top.table("methods").wrong(label, "sets lr in its recipe, but [search] is to find it; leave one of them out.")
+            top.table("methods").wrong(
+                label, "sets lr in its recipe, but [search] is to find it; leave one of them out."
+            )
     steps = table.get("steps", int, recipe.steps)
     _located(table, "steps", partial(Recipe, steps=steps))
     return Search(rates, table.several("tasks", str), steps, table.get("seed", int, 0))
@@ -263,7 +267,8 @@ def _rates(table: Table, methods: Mapping[str, MethodPlan]) -> dict[str, tuple[f
         place, key = (own, label) if label in own.values else (table, "lr")
         if len(values) != budget:
             place.wrong(
-                key, f"{label!r} has {len(values)} candidates where others have {budget}; every method gets the same number."
+                key,
+                f"{label!r} has {len(values)} candidates where others have {budget}; every method gets the same number.",
             )
         for value in values:
             _located(place, key, partial(Recipe, lr=value))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 from deltatune.study.analyses import BackboneTables, Comparison
 from deltatune.study.results import Results
@@ -120,7 +121,9 @@ def _noise(comparisons: Sequence[Comparison]) -> list[str]:
     if not same:
         return [f"All {number(len(comparisons), 'pair')} of methods differ by more than noise (95 % intervals)."]
     listed = ", ".join(same[:LISTED]) + (f" and {len(same) - LISTED} more" if len(same) > LISTED else "")
-    return [f"Within noise (95 % interval holds 0): {len(same)} of {number(len(comparisons), 'pair')} of methods: {listed}."]
+    return [
+        f"Within noise (95 % interval holds 0): {len(same)} of {number(len(comparisons), 'pair')} of methods: {listed}."
+    ]
 
 
 def _weak(tables: BackboneTables) -> list[str]:
@@ -143,7 +146,7 @@ def hardware(results: Results) -> str:
     return "; ".join(found) or NOTHING
 
 
-def _machine(environment: dict) -> str:
+def _machine(environment: Mapping[str, Any]) -> str:
     parts = [environment.get("gpu"), environment.get("cpu"), f"{environment.get('cores')} cores"]
     return ", ".join(str(part) for part in parts if part) + f", {environment.get('threads')} thread(s) a run"
 
@@ -169,4 +172,5 @@ def code(results: Results) -> str:
 def _commit(commit: str | None, dirty: bool | None) -> str:
     if not commit:
         return "not under version control"
-    return f"commit {commit[:12]}" + (" with uncommitted changes" if dirty else ", clean")
+    state = {True: " with uncommitted changes", False: ", clean", None: ", unknown whether changed"}
+    return f"commit {commit[:12]}{state[dirty]}"

@@ -91,19 +91,19 @@ def _seq2seq(model: Any, questions: Questions, pad: int) -> Iterator[float]:
     data = _on(model, pad_inputs([rows[0].input for rows in questions], pad))
     mask, hidden = data["attention_mask"], model.get_encoder()(**data).last_hidden_state
 
+    def decode(states: Tensor, seen: Tensor, ids: Tensor, cache: Any) -> Any:
+        return model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=seen,
+            decoder_input_ids=ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+
     def extend(owner: Tensor, ids: Tensor, cache: Any) -> Tensor:
-        states = BaseModelOutput(last_hidden_state=hidden[owner])
-        return decode(
-            encoder_outputs=states, attention_mask=mask[owner], decoder_input_ids=ids, past_key_values=cache
-        ).logits
+        return decode(hidden[owner], mask[owner], ids, cache).logits
 
-    def decode(**inputs: Any) -> Any:
-        return model(**inputs, use_cache=True)
-
-    start = torch.full_like(mask[:, :1], model.config.decoder_start_token_id)
-    out = decode(
-        encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask, decoder_input_ids=start
-    )
+    out = decode(hidden, mask, torch.full_like(mask[:, :1], model.config.decoder_start_token_id), None)
     targets = [[row.labels for row in rows] for rows in questions]
     return _continue(Begun(out.logits[:, -1].float().log_softmax(-1), out.past_key_values, extend), targets, pad)
 

@@ -32,6 +32,8 @@ class Setup:
 def setup(backbone: str | None, task: str | None, weights: Path | str | None) -> Setup:
     """Fill what is not given from the `run.json` beside the weights; raises `DeltaTuneError` when there is none."""
     folder = None if weights is None else Path(weights)
+    if folder is not None and not folder.exists():
+        raise DeltaTuneError(f"there is no folder {folder}; give one that tune wrote.")
     run = _run_of(folder)
     backbone = backbone or (run.backbone if run else None)
     if backbone is None:

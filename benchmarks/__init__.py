@@ -1,0 +1,1 @@
+"""Benchmarks: what attaching and training cost, against peft and against the limit; `make bench` runs them."""
