@@ -119,13 +119,13 @@ class Attachment:
     ) -> None:
         self.model, self.name, self.leaves = model, name, leaves
         self.delta, self.placements = source.delta, placements
-        self._source = source
+        self._spec = replace(source, tensors={})  # the leaves hold the numbers; a second copy would double the memory of Full
 
     @property
     def weights(self) -> Weights:
         """The current numbers, as float32 CPU copies."""
         now = {name: t.detach().to("cpu", copy=True) for name, t in self._named() if isinstance(t, nn.Parameter)}
-        return Weights(self.delta, now, self._source.backbone, self._source.seed, self._source.notes)
+        return replace(self._spec, tensors=now)
 
     @property
     def attached(self) -> bool:
@@ -205,7 +205,7 @@ def _free_name(model: nn.Module, name: str | None) -> str:
         raise DeltaTuneError(
             "the model has a child called 'deltas' of its own, the name that deltatune reserves on the root."
         )
-    taken = deltas.attached if deltas is not None else {}
+    taken = deltas.attached if isinstance(deltas, Deltas) else {}
     if name is None:
         return next(f"delta{i}" for i in range(len(taken) + 1) if f"delta{i}" not in taken)
     if name in taken:
