@@ -24,7 +24,7 @@ def run(*words: str, folder: Path | None = None, **variables: str) -> subprocess
     """Run the command in a wide terminal without colours."""
     environment = {k: v for k, v in os.environ.items() if k != "DELTATUNE_DEBUG"} | SETTINGS | variables
     command = [sys.executable, "-m", "deltatune.cli", *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
 
 
 @pytest.mark.parametrize("words", HELPS, ids=" ".join)
@@ -46,7 +46,7 @@ try:
 except SystemExit as end:
     print(end.code, [name for name in {HEAVY} if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1] == "0 []", done.stderr
 
 

@@ -63,8 +63,23 @@ def test_difference_adds_the_variance_of_seeds_and_of_items() -> None:
     both = difference(a, b, items)
     error = item_error(items) or 0.0
     assert error == pytest.approx(math.sqrt(2 * 100 / 100) / 2, rel=0.1)
-    assert both.high == pytest.approx(10 + half * math.sqrt(1 + error**2))
+    # Welch and Satterthwaite: each method has variance 1/2 with 2 degrees of freedom, the items have no limit.
+    degrees = (1 + error**2) ** 2 / (0.5**2 / 2 + 0.5**2 / 2)
+    assert both.high == pytest.approx(10 + stats.t.ppf(0.975, degrees) * math.sqrt(1 + error**2))
     assert not seeds_only.within_noise and not both.within_noise
+
+
+def test_difference_of_one_task_is_welch_s_t_test() -> None:
+    a, b = [80.0, 84.0, 81.0], [70.0, 71.0]
+    found, welch = difference([a], [b]), stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    assert (found.low, found.high) == (pytest.approx(welch.low), pytest.approx(welch.high))
+
+
+def test_a_method_with_one_seed_is_taken_to_vary_as_the_other() -> None:
+    found = difference([[80.0]], [[70.0, 74.0]])
+    # Variance 8 for both: 8/1 + 8/2 = 12; degrees of freedom 12^2 / (8^2 + 4^2), each from one.
+    half = stats.t.ppf(0.975, 144 / 80) * math.sqrt(12)
+    assert (found.mean, found.high) == (8.0, pytest.approx(8 + half))
 
 
 def test_difference_without_any_known_spread_claims_nothing() -> None:

@@ -38,6 +38,9 @@ class Prompt(Port):
         self.layers: dict[str, tuple[Tensor, Tensor]] = {}
         self.running = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "layers": {}}  # they belong to a graph, and the next sequence makes them anew
+
     def embeddings(self, dtype: torch.dtype) -> Tensor:
         """Return the prompt as [1, length, d]."""
         return self.method.tokens(self.tensors(dtype))[None]
@@ -130,9 +133,11 @@ class EncoderPrompt:
         return insert(value, torch.full_like(value[:, :1], int(name == "attention_mask")).expand(-1, length), start)
 
     def post(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
-        length = self.prompt.embeddings(torch.float32).shape[1]
-        embeds = kwargs["inputs_embeds"]
-        return _cut(y, embeds.shape[1], length, starts(kwargs.get("attention_mask"), embeds, self.at))
+        ports = [port for port in module.__dict__[PORTS].post if isinstance(port, EncoderPrompt)]
+        lengths = [port.prompt.embeddings(torch.float32).shape[1] for port in ports[: ports.index(self) + 1]]
+        embeds = kwargs["inputs_embeds"]  # as long as all prompts make it; those of earlier ports are out already
+        longer = embeds.shape[1] - sum(lengths[:-1])
+        return _cut(y, longer, lengths[-1], starts(kwargs.get("attention_mask"), embeds, self.at))
 
 
 def _cut(y: Any, longer: int, length: int, start: Tensor) -> Any:

@@ -119,7 +119,9 @@ class Attachment:
     ) -> None:
         self.model, self.name, self.leaves = model, name, leaves
         self.delta, self.placements = source.delta, placements
-        self._spec = replace(source, tensors={})  # the leaves hold the numbers; a second copy would double the memory of Full
+        self._spec = replace(
+            source, tensors={}
+        )  # the leaves hold the numbers; a second copy would double the memory of Full
 
     @property
     def weights(self) -> Weights:

@@ -88,7 +88,7 @@ def _parse_sum(node: ast.expr, text: str) -> Delta:
 
 
 def _method(node: ast.expr, text: str) -> Method:
-    value = evaluate(node, text)
+    value = evaluate(node, text, Method)
     if not isinstance(value, Method):
         raise DeltaTuneError(
             f'{ast.unparse(node)!r} in {text!r} is not a method; write for example LoRA(rank=8).at("attn.q").'
@@ -184,8 +184,10 @@ class SiteTable:
 
     @property
     def share(self) -> float:
-        """Trained parameters over those of the backbone and the delta together, in percent (Ding et al., 2022, table 2)."""
-        return 100 * self.parameters / max(self.backbone_parameters + self.parameters, 1)
+        """Trained parameters over all those of the network, inserted ones included, in percent (Ding et al., 2022, table 2)."""
+        instead = {p.name(leaf) for p in self.placements if p.method.acts == "tensor" for leaf in p.leaves}
+        inserted = sum(_numel(leaf) for name, leaf in self.tensors.items() if leaf.trained and name not in instead)
+        return 100 * self.parameters / max(self.backbone_parameters + inserted, 1)
 
     def rows(self) -> list[tuple[str, str, str, str, int]]:
         """Return (path, role, method, leaf shapes, trained parameters) of each placement; shared leaves count once."""

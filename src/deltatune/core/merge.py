@@ -12,23 +12,25 @@ from torch import Tensor, nn
 
 from deltatune.core.attach import Attachment
 from deltatune.core.delta import Placement, place
-from deltatune.core.fit import check_tensors
+from deltatune.core.fit import check_backbone, check_tensors
 from deltatune.core.method import OnLinear, OnTensor
 from deltatune.core.ports import Tensors
 from deltatune.core.site import Site
-from deltatune.core.weights import Weights, generate
+from deltatune.core.weights import Weights, fingerprint, generate
 from deltatune.errors import DeltaTuneError
 
 Change = dict[tuple[str, str], Tensor]
 
 
-def merge(model: nn.Module, what: Weights | Attachment, untie: bool = False) -> dict[str, Tensor]:
+def merge(model: nn.Module, what: Weights | Attachment, untie: bool = False, check: bool = True) -> dict[str, Tensor]:
     """Return `{parameter path: new tensor}` for every parameter that the delta changes; the model is not touched.
 
-    `untie=True` allows a new tensor for one of several places that share a parameter. Raises `DeltaTuneError` for a
-    method that no weight can express, and when a value overflows the backbone's dtype.
+    `untie=True` allows a new tensor for one of several places that share a parameter, and `check=False` a backbone of
+    the same structure with other values. Raises `DeltaTuneError` for weights of another backbone, for a method that no
+    weight can express, and when a value overflows the backbone's dtype.
     """
     weights = what.weights if isinstance(what, Attachment) else what
+    check_backbone(weights.backbone, fingerprint(model), check)
     placements = place(model, weights.delta)
     for placement in placements:
         if "merge" in placement.method.breaks:
@@ -152,9 +154,9 @@ class Merged:
         self.undo()
 
 
-def merge_(model: nn.Module, what: Weights | Attachment, untie: bool = False) -> Merged:
+def merge_(model: nn.Module, what: Weights | Attachment, untie: bool = False, check: bool = True) -> Merged:
     """Detach the delta if it is attached and write it into the backbone; the result undoes the writing exactly."""
-    state = merge(model, what, untie)
+    state = merge(model, what, untie, check)
     if isinstance(what, Attachment) and what.attached:
         what.detach()
     merged = Merged(model)

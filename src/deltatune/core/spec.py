@@ -137,8 +137,8 @@ def read(text: str) -> ast.expr:
         raise DeltaTuneError(f"cannot read {text[:60]!r}...: {cause}.") from None
 
 
-def evaluate(node: ast.expr, text: str) -> Any:
-    """Turn a parsed expression of literals and known constructors into a value."""
+def evaluate(node: ast.expr, text: str, kind: type[Spec] = Spec) -> Any:
+    """Turn a parsed expression of literals and known constructors into a value; a constructor must make a `kind`."""
     match node:
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
             names = [f.name for f in fields_of(concrete()[name])] if name in concrete() else []
@@ -149,7 +149,7 @@ def evaluate(node: ast.expr, text: str) -> Any:
             twice = {field for field, _ in pairs if [f for f, _ in pairs].count(field) > 1}
             if twice:
                 raise DeltaTuneError(f"{name} is given {', '.join(sorted(twice))} twice in {text!r}.")
-            return build(name, dict(pairs))
+            return build(name, dict(pairs), kind)
         case ast.Tuple(elts=items) | ast.List(elts=items):
             return tuple(evaluate(item, text) for item in items)
         case ast.Constant(value=value) if value is None or isinstance(value, (int, float, str, bool)):
@@ -157,7 +157,7 @@ def evaluate(node: ast.expr, text: str) -> Any:
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=value)) if isinstance(value, (int, float)):
             return -value
         case ast.Name(id=name):
-            return build(name, {})
+            return build(name, {}, kind)
     raise DeltaTuneError(
         f'{ast.unparse(node)!r} in {text!r} is not a value; write for example LoRA(rank=8).at("attn.q").'
     )

@@ -115,37 +115,39 @@ def difference(
 ) -> Difference:
     """The mean over tasks of a's mean score minus b's, with an interval from the seeds and, where given, the test items.
 
-    `a[t]` and `b[t]` hold the scores on task t, one a seed; `items` is as in `item_error`. The variance is
-    sum_t (s_at^2 / n_a + s_bt^2 / n_b) / T^2, with the seed variance of a method pooled over tasks, plus the squared
-    error from the items; the interval is Student's t with the pooled degrees of freedom.
+    `a[t]` and `b[t]` hold the scores on task t, one a seed; `items` is as in `item_error`. With T tasks the variance is
+
+        V = V_a + V_b + V_items,    V_a = s_a^2 sum_t (1 / n_at) / T^2
+
+    where s_a^2 is pooled over tasks, and the interval is Student's t with (V^2 / (V_a^2 / d_a + V_b^2 / d_b)) degrees
+    of freedom (Welch 1947, Satterthwaite 1946). A method with one seed a task is taken to vary as much as the other.
     """
     import numpy
     from scipy import stats
 
-    tasks = len(a)
     mean = float(numpy.mean([numpy.mean(x) - numpy.mean(y) for x, y in zip(a, b, strict=True)]))
-    variance_a, degrees_a = _pooled(a)
-    variance_b, degrees_b = _pooled(b)
-    seeds = sum(variance_a / len(x) + variance_b / len(y) for x, y in zip(a, b, strict=True)) / tasks**2
+    pooled = [_pooled(a), _pooled(b)]
     error = item_error(items)
-    if error is None and degrees_a + degrees_b == 0:
+    if error is None and not any(pooled):
         return Difference(mean, None, None)
-    scale = math.sqrt(seeds + (error or 0.0) ** 2)
-    if scale == 0.0:
+    known = [each or other or (0.0, math.inf) for each, other in zip(pooled, reversed(pooled), strict=True)]
+    shares = [sum(1 / len(seeds) for seeds in side) / len(side) ** 2 for side in (a, b)]
+    variances = [variance * share for (variance, _), share in zip(known, shares, strict=True)]
+    total = sum(variances) + (error or 0.0) ** 2
+    if total == 0.0:
         return Difference(mean, mean, mean)
-    # Without a second seed only the items speak; their bootstrap error is close to normal.
-    degrees = degrees_a + degrees_b or math.inf
-    low, high = stats.t.interval(LEVEL, degrees, loc=mean, scale=scale)
+    spread = sum(variance**2 / degrees for variance, (_, degrees) in zip(variances, known, strict=True))
+    low, high = stats.t.interval(LEVEL, total**2 / spread if spread else math.inf, loc=mean, scale=math.sqrt(total))
     return Difference(mean, float(low), float(high))
 
 
-def _pooled(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
-    """The variance within groups, and its degrees of freedom; (0, 0) when every group has one value."""
+def _pooled(groups: Sequence[Sequence[float]]) -> tuple[float, float] | None:
+    """The variance within groups, and its degrees of freedom; None when every group has one value."""
     import numpy
 
     degrees = sum(len(group) - 1 for group in groups)
     squares = sum(float(numpy.var(group)) * len(group) for group in groups)
-    return (squares / degrees, degrees) if degrees else (0.0, 0)
+    return (squares / degrees, float(degrees)) if degrees else None
 
 
 def ranks(scores: Sequence[Sequence[float]]) -> Ranks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 from deltatune.study.analyses import BackboneTables, Comparison
@@ -111,7 +110,7 @@ def findings(results: Results, tables: BackboneTables) -> list[str]:
             f"Best besides it: {top.method}, {score(top.average)} ({score(top.percent_of_baseline)} % of {results.baseline} "
             f"with {percent(top.tunable_percent)} % of the parameters)."
         )
-    return [*sentences, *_noise(tables.comparisons), *_weak(tables)]
+    return [*sentences, *_noise(tables.comparisons), *_seeds(tables), *_weak(tables)]
 
 
 def _noise(comparisons: Sequence[Comparison]) -> list[str]:
@@ -126,17 +125,26 @@ def _noise(comparisons: Sequence[Comparison]) -> list[str]:
     ]
 
 
-def _weak(tables: BackboneTables) -> list[str]:
-    """Methods and tasks on which nothing was learned beyond the commonest answer."""
-    weak = sorted(
-        (method, task)
-        for (method, task), cell in tables.scores.items()
-        if cell.over_majority is not None and cell.over_majority <= 0
-    )
-    if not weak:
+def _seeds(tables: BackboneTables) -> list[str]:
+    single = sum(cell.summary.n == 1 for cell in tables.scores.values())
+    if not single:
         return []
-    by_method = {method: [task for _, task in group] for method, group in groupby(weak, key=lambda pair: pair[0])}
-    parts = [f"{method} on {', '.join(tasks)}" for method, tasks in by_method.items()]
+    return [f"{single} of {number(len(tables.scores), 'score')} come from one seed, whose spread is not known."]
+
+
+def _weak(tables: BackboneTables) -> list[str]:
+    """Methods and tasks on which nothing was learned beyond the commonest answer, tasks with the same methods together."""
+    methods = [line.method for line in tables.lines]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for task in tables.tasks:
+        cells = {method: tables.scores.get((method, task)) for method in methods}
+        over = {method: cell.over_majority for method, cell in cells.items() if cell and cell.over_majority is not None}
+        weak = tuple(method for method in over if over[method] <= 0)
+        if weak:
+            groups.setdefault(weak if len(weak) < len(methods) else ("every method",), []).append(task)
+    if not groups:
+        return []
+    parts = [f"{', '.join(weak)} on {', '.join(tasks)}" for weak, tasks in groups.items()]
     return [f"No better than always answering the commonest class: {'; '.join(parts)}."]
 
 

@@ -38,11 +38,11 @@ TOPIC_FRAMES = (
     "In those years the {0} and the {1} were everything.",
 )
 SENTIMENT_FRAMES = (
-    "The {2} was {0} and {1}.",
-    "They found the {2} {0} and {1}.",
-    "I thought that the {2} was {0}, even {1}.",
-    "Everybody said how {0} and how {1} the {2} had been.",
-    "It was a {2} that seemed {0} and {1} to us all.",
+    "The {3} was {0}, {1} and {2}.",
+    "They found the {3} {0}, {1} and {2}.",
+    "I thought that the {3} was {0} and {1}, even {2}.",
+    "Everybody said how {0}, how {1} and how {2} the {3} had been.",
+    "It was a {3} that seemed {0}, {1} and {2} to us all.",
 )
 SENTIMENT_THINGS = ("day", "man", "woman", "story", "song", "place", "town", "journey", "evening", "answer")
 PRONOUN_FRAMES = (
@@ -75,10 +75,10 @@ AGREEMENT_ENDS = (
     ("looks strange.", "look strange."),
 )
 SERIES_FRAMES = (
-    "We talked about the {0}, the {1} and the",
-    "I can tell the {0} and the {1} from the",
-    "First there was the {0}, then the {1} and then the",
-    "She wrote of the {0}, of the {1} and of the",
+    "We talked about the {0}, the {1}, the {2} and the",
+    "She wrote of the {0}, of the {1}, of the {2} and of the",
+    "There is a picture of the {0}, the {1}, the {2} and the",
+    "I remember the {0}, the {1}, the {2} and the",
 )
 AUXILIARIES = ("can", "will", "must", "should", "may")
 ADJECTIVES = ("old", "young", "little", "poor", "good")
@@ -102,14 +102,13 @@ def topic(split: Split, rng: random.Random) -> Iterator[Record]:
 
 
 def sentiment(split: Split, rng: random.Random) -> Iterator[Record]:
-    """Two adjectives of one polarity said of a neutral thing."""
+    """Three adjectives of one polarity said of a neutral thing."""
     adjectives = {
         "positive": share(words.POSITIVE.split(), split, "positive"),
         "negative": share(words.NEGATIVE.split(), split, "negative"),
     }
     for label in itertools.cycle(adjectives):
-        first, second = rng.sample(adjectives[label], 2)
-        sentence = rng.choice(SENTIMENT_FRAMES).format(first, second, rng.choice(SENTIMENT_THINGS))
+        sentence = rng.choice(SENTIMENT_FRAMES).format(*rng.sample(adjectives[label], 3), rng.choice(SENTIMENT_THINGS))
         yield {"input": sentence, "target": label}
 
 
@@ -133,15 +132,15 @@ def agreement(split: Split, rng: random.Random) -> Iterator[Record]:
 
 
 def series(split: Split, rng: random.Random) -> Iterator[Record]:
-    """Words of one field, and four further words of which one is of that field."""
+    """Three words of one field, and four further words of which one is of that field."""
     fields = {**words.TOPICS, **words.FIELDS}
     nouns = {field: share(text.split(), split, f"series {field}") for field, text in fields.items()}
     for letter in itertools.cycle("ABCD"):
         field, *others = rng.sample(list(fields), 4)
-        first, second, fitting = rng.sample(nouns[field], 3)
+        *context, fitting = rng.sample(nouns[field], 4)
         options = [rng.choice(nouns[other]) for other in others]
         options.insert("ABCD".index(letter), fitting)
-        yield choice(rng.choice(SERIES_FRAMES).format(first, second), options, letter)
+        yield choice(rng.choice(SERIES_FRAMES).format(*context), options, letter)
 
 
 def gist(split: Split, rng: random.Random) -> Iterator[Record]:
