@@ -28,14 +28,14 @@ Record = dict[str, Any]
 Maker = Callable[[Split, random.Random], Iterator[Record]]
 
 TOPIC_FRAMES = (
-    "We spoke about the {0} and the {1} for an hour.",
-    "The book tells us of the {0} and the {1}.",
-    "She wrote a long letter about the {0} and the {1}.",
-    "Nobody here knew much about the {0} or the {1}.",
-    "First they asked about the {0}, and then about the {1}.",
-    "I remember the {0} and also the {1}.",
-    "There was a picture of the {0} next to the {1}.",
-    "In those years the {0} and the {1} were everything.",
+    "We spoke about the {0}, the {1} and the {2} for an hour.",
+    "The book tells us of the {0}, the {1} and the {2}.",
+    "She wrote a long letter about the {0}, the {1} and the {2}.",
+    "Nobody here knew much about the {0}, the {1} or the {2}.",
+    "First they asked about the {0} and the {1}, and then about the {2}.",
+    "I remember the {0}, the {1} and also the {2}.",
+    "There was a picture of the {0} next to the {1} and the {2}.",
+    "In those years the {0}, the {1} and the {2} were everything.",
 )
 SENTIMENT_FRAMES = (
     "The {3} was {0}, {1} and {2}.",
@@ -95,10 +95,10 @@ def share(items: Sequence[str], split: Split, seed: str) -> list[str]:
 
 
 def topic(split: Split, rng: random.Random) -> Iterator[Record]:
-    """Two nouns of one field in a neutral sentence."""
+    """Three nouns of one field in a neutral sentence."""
     nouns = {label: share(text.split(), split, label) for label, text in words.TOPICS.items()}
     for label in itertools.cycle(nouns):
-        yield {"input": rng.choice(TOPIC_FRAMES).format(*rng.sample(nouns[label], 2)), "target": label}
+        yield {"input": rng.choice(TOPIC_FRAMES).format(*rng.sample(nouns[label], 3)), "target": label}
 
 
 def sentiment(split: Split, rng: random.Random) -> Iterator[Record]:
