@@ -13,32 +13,35 @@ if TYPE_CHECKING:
     from deltatune.backbones.load import Backbone, load_backbone
     from deltatune.core.attach import Attachment, attach, attachments
     from deltatune.core.delta import Delta, SiteTable, parse, sites
+    from deltatune.core.flatten import flatten
     from deltatune.core.merge import Merged, merge, merge_
     from deltatune.core.store import load, save
     from deltatune.core.trace import Trace, trace
-    from deltatune.core.weights import Fingerprint, Weights, fingerprint, flatten, init
+    from deltatune.core.weights import Fingerprint, Weights, fingerprint, init
     from deltatune.errors import DeltaTuneError
     from deltatune.methods.addition.adapter import Adapter, adapterdrop, houlsby, pfeiffer
     from deltatune.methods.addition.prefix_tuning import PrefixTuning
-    from deltatune.methods.addition.prompt_tuning import PromptTuning, Text, Vocabulary
-    from deltatune.methods.combine import MLP, Reparam
+    from deltatune.methods.addition.prompt_tuning import PromptTuning, Vocabulary
+    from deltatune.methods.combine.reparam import MLP, Reparam
     from deltatune.methods.reparameterization.lora import LoRA
     from deltatune.methods.specification.bitfit import BitFit
     from deltatune.methods.specification.full import Full, LastLayers
 
 __version__ = "0.1.0"
 
-# verbs and nouns by the module that has them; methods and other values are found by their own name
+# verbs and nouns by the module that has them; methods, their presets and other values are found by their own name
 _HOMES = {
     "core.attach": ("Attachment", "attach", "attachments"),
     "core.delta": ("Delta", "SiteTable", "parse", "sites"),
     "core.merge": ("Merged", "merge", "merge_"),
     "core.store": ("load", "save"),
     "core.trace": ("Trace", "trace"),
-    "core.weights": ("Fingerprint", "Weights", "fingerprint", "flatten", "init"),
+    "core.flatten": ("flatten",),
+    "core.weights": ("Fingerprint", "Weights", "fingerprint", "init"),
     "errors": ("DeltaTuneError",),
     "backbones.load": ("Backbone", "load_backbone"),
-    "methods.addition.adapter": ("houlsby", "pfeiffer", "adapterdrop"),
+    "core.evidence": ("evidence", "needs"),
+    "core.motion": ("advance", "drawn", "penalty", "rates"),
 }
 
 
@@ -50,10 +53,9 @@ def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
             return vars(import_module(f"deltatune.{home}"))[name]
-    from deltatune.core.spec import concrete
     from deltatune.errors import nearest
 
-    values = concrete()
+    values = _values()
     if name in values:
         return values[name]
     known = [*values, *(n for names in _HOMES.values() for n in names)]
@@ -61,7 +63,11 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    import_module("deltatune.methods")
-    from deltatune.core.spec import concrete
+    return sorted([*_values(), *(n for names in _HOMES.values() for n in names), "__version__"])
 
-    return sorted([*concrete(), *(n for names in _HOMES.values() for n in names), "__version__"])
+
+def _values() -> dict[str, Any]:
+    from deltatune.core.spec import concrete
+    from deltatune.methods import functions
+
+    return {**functions(), **concrete()}

@@ -9,7 +9,7 @@ import torch
 
 import deltatune as dt
 from tests import tiny
-from tests.laws.cases import BACKBONES, METHODS, busy, cases, delta_of, gradients, output
+from tests.laws.cases import BACKBONES, METHODS, busy, cases, delta_of, fresh, gradients, output
 
 
 def portrait(model):
@@ -36,7 +36,7 @@ def test_detach_gives_the_backbone_back_bit_for_bit(method, name):
     next(model.parameters()).requires_grad_(False)  # what was frozen before stays frozen after
     with torch.no_grad():
         before, scores = portrait(model), output(model)
-        with dt.attach(model, busy(dt.init(delta_of(method, name), model))) as attachment:
+        with dt.attach(model, busy(fresh(delta_of(method, name), model))) as attachment:
             assert not same(before, portrait(model))
             output(model)
         assert same(before, portrait(model))
@@ -50,7 +50,7 @@ def test_detach_gives_the_backbone_back_bit_for_bit(method, name):
 def test_no_gradient_and_no_write_reaches_the_backbone(method, name):
     model = BACKBONES[name]().train()
     kept = {n: p.detach().clone() for n, p in model.named_parameters()}
-    attachment = dt.attach(model, busy(dt.init(delta_of(method, name), model)))
+    attachment = dt.attach(model, busy(fresh(delta_of(method, name), model)))
     optimizer = torch.optim.SGD(attachment.parameters(), lr=0.1)
     output(model).float().square().mean().backward()
     optimizer.step()
@@ -95,7 +95,7 @@ def test_a_sum_of_deltas_is_the_same_as_one_after_the_other(name):
 @pytest.mark.parametrize(("method", "name"), cases("llama", "t5"))
 def test_optimizers_and_wrappers_see_exactly_the_leaves(method, name):
     model = BACKBONES[name]()
-    attachment = dt.attach(model, method, name="mine")
+    attachment = dt.attach(model, fresh(method, model), name="mine")
     found = {id(p) for n, p in model.named_parameters() if p.requires_grad}
     assert found == {id(p) for p in model.deltas.mine.parameters()} == {id(p) for p in attachment.parameters()}
     assert all(n.startswith("deltas.mine.") for n, p in model.named_parameters() if p.requires_grad)

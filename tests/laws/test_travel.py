@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import deltatune as dt
-from tests.laws.cases import BACKBONES, METHODS, busy, cases, delta_of, output
+from tests.laws.cases import BACKBONES, METHODS, busy, cases, delta_of, fresh, output
 
 
 @pytest.mark.parametrize("label", METHODS)
@@ -26,12 +26,12 @@ def test_a_delta_survives_text_and_json_and_compares_by_value(label):
 @pytest.mark.parametrize(("method", "name"), cases())
 def test_a_saved_delta_computes_the_same_on_a_fresh_backbone(method, name, tmp_path):
     model = BACKBONES[name]()
-    with dt.attach(model, busy(dt.init(delta_of(method, name), model))) as attachment:
+    with dt.attach(model, busy(fresh(delta_of(method, name), model))) as attachment:
         scores = output(model)
         dt.save(attachment, tmp_path)
-    fresh = BACKBONES[name]()
-    loaded = dt.load(fresh, tmp_path)
-    assert torch.equal(output(fresh), scores)
+    again = BACKBONES[name]()
+    loaded = dt.load(again, tmp_path)
+    assert torch.equal(output(again), scores)
     assert loaded.delta == attachment.delta
     assert sorted(p.name for p in tmp_path.iterdir()) == ["delta.json", "delta.safetensors"]
 
@@ -40,7 +40,7 @@ def test_a_saved_delta_computes_the_same_on_a_fresh_backbone(method, name, tmp_p
 @pytest.mark.parametrize(("method", "name"), cases())
 def test_a_copy_of_an_attached_backbone_is_independent(method, name):
     model = BACKBONES[name]()
-    attachment = dt.attach(model, busy(dt.init(delta_of(method, name), model)), name="mine")
+    attachment = dt.attach(model, busy(fresh(delta_of(method, name), model)), name="mine")
     scores = output(model)
     twin = copy.deepcopy(model)
     assert torch.equal(output(twin), scores)
@@ -56,7 +56,7 @@ def test_a_copy_of_an_attached_backbone_is_independent(method, name):
 @pytest.mark.parametrize(("method", "name"), cases("llama", "t5", "plain"))
 def test_an_attached_backbone_survives_torch_save(method, name):
     model = BACKBONES[name]()
-    dt.attach(model, busy(dt.init(delta_of(method, name), model)))
+    dt.attach(model, busy(fresh(delta_of(method, name), model)))
     scores, buffer = output(model), io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)

@@ -55,13 +55,15 @@ def test_a_finished_study_starts_nothing_and_a_longer_plan_only_what_is_new(
     assert status(folder).counts["done"] == 4 + 8
 
 
-def test_a_candidate_that_is_also_a_final_run_is_done_once_and_counted_twice(
+def test_a_candidate_never_reads_the_test_split_and_is_no_final_run(
     write: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "study"
-    now = do(write(tasks='"topic"', seeds="0", more="[search]\nlr = [1e-3, 3e-3]"), folder)
+    plan = write(tasks='"topic"', seeds="0", more="[search]\nlr = [1e-3, 3e-3]")
+    assert all(not entry.run.recipe.test for entry in Plan.read(plan).search_runs())
+    now = do(plan, folder)
     assert now.complete and len(now.lines) == 4 + 2
-    assert len(starts(folder)) == 4 and all(len(each) == 1 for each in starts(folder).values())
+    assert len(starts(folder)) == 6 and all(len(each) == 1 for each in starts(folder).values())
     assert "6 of 6 runs" in capsys.readouterr().out
 
 

@@ -38,7 +38,7 @@ def test_a_tiny_backbone_learns_a_trivial_task(kind: str, tmp_path: Path) -> Non
     backbone = tiny.KINDS[kind]()
     recipe = Recipe(steps=150, lr=5e-3, eval_every=0, checkpoint_every=0, max_input=16, max_target=4)
     codec = Codec(backbone, recipe.max_input, recipe.max_target)
-    training.make(tmp_path, recipe, backbone=backbone, trained=("",)).run()
+    training.make(tmp_path, recipe, backbone=backbone, delta="Full()").run()
     words = tiny.ADJECTIVES
     prompts = [Prompt(f"{word} very film good answer :", "") for word in words]
     rows = [[codec.row(prompt, word) for word in words] for prompt in prompts]

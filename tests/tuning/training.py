@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+import deltatune as dt
 from deltatune.tasks import Prompt
 from deltatune.tuning import loop, run
 from deltatune.tuning.encode import Codec, Row, collate
@@ -57,21 +58,20 @@ def make(
     recipe: Recipe = RECIPE,
     on_step: loop.OnStep | None = None,
     backbone: tiny.TinyBackbone | None = None,
-    trained: tuple[str, ...] = ("norm", "ttention"),
+    delta: str = 'Full().at("{attn,norm}")',
 ) -> loop.Loop:
-    """A loop on the parameters of a tiny backbone named in `trained`; dev score: minus the loss on held-out rows."""
+    """A loop on a tiny backbone with a delta; dev score: minus the loss on held-out rows."""
     torch.set_num_threads(1)
     backbone = backbone or tiny.seq2seq()
     codec = Codec(backbone, recipe.max_input, recipe.max_target)
-    model = backbone.model.requires_grad_(False)
-    parameters = [p.requires_grad_() for name, p in model.named_parameters() if any(part in name for part in trained)]
+    model = backbone.model
     held_out = collate(rows(codec, 40)[30:], codec.pad)
 
     def evaluate() -> float:
         with torch.no_grad():
             return -float(model(**held_out).loss)
 
-    return loop.Loop(model, parameters, rows(codec), codec.pad, recipe, 0, folder, evaluate, on_step)
+    return loop.Loop(dt.attach(model, dt.parse(delta)), rows(codec), codec.pad, recipe, 0, folder, evaluate, on_step)
 
 
 def train(folder: str, changes: dict[str, Any] | None = None, die_at: int = 0) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from deltatune.backbones.anatomies import Family, Packed, Role, Tower, families
 from deltatune.backbones.infer import Modules, base_path, infer, inside, join
+from deltatune.backbones.sublayers import with_spans
 from deltatune.core.site import Anatomy, Heads, Part, Place, Stack, is_transposed
 
 PRETRAINED = "transformers.modeling_utils.PreTrainedModel"
@@ -28,7 +29,7 @@ def resolve(model: nn.Module) -> Anatomy | None:
         return None
     found = by_table(modules, known[0], families()[hosts[known[0]]]) if len(known) == 1 else None
     found = found or infer(modules, outer[0])
-    return _with_head(found, modules, outer[0]) if found else None
+    return _with_head(replace(found, places=with_spans(found.places)), modules, outer[0]) if found else None
 
 
 def _is_pretrained(module: nn.Module) -> bool:

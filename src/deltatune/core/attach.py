@@ -1,14 +1,13 @@
 """Attaching: the only file that touches a live model, and what it does is undone bit for bit.
 
-A module gets ports by a dynamic subclass of its class that overrides `__call__`; without ports it gets its class back.
-The leaves hang under one reserved child of the root, `model.deltas.<name>`.
+A module gets ports by a dynamic subclass of its class (`core.calls`); without ports it gets its class back. The leaves
+hang under one reserved child of the root, `model.deltas.<name>`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import replace
 from keyword import iskeyword
 from operator import attrgetter
 from types import TracebackType
@@ -16,85 +15,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deltatune.core.calls import Ports, with_ports
 from deltatune.core.delta import Delta, Placement, place
 from deltatune.core.fit import check_backbone, check_tensors
 from deltatune.core.method import Method
-from deltatune.core.ports import BUILDERS, PORTS, Edit, Setting, Tensors
+from deltatune.core.ports import BUILDERS, PORTS, Edit, Seat, Setting, Tensors
 from deltatune.core.site import anatomy
 from deltatune.core.weights import Weights, fingerprint, generate, init
 from deltatune.errors import DeltaTuneError
-
-BASE = "_deltatune_base"
-
-
-@dataclass
-class Ports:
-    """The ports of one module, in the order they were attached."""
-
-    entries: list[tuple[str, Edit]] = field(default_factory=list)
-    pre: tuple[Any, ...] = ()
-    post: tuple[Any, ...] = ()
-    heads: tuple[Any, ...] = ()
-    param: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-
-    def change(self, entries: list[tuple[str, Edit]]) -> None:
-        """Replace the entries and sort their ports by verb, so that a call only walks tuples."""
-        self.entries = entries
-        by_verb = {verb: tuple(e.port for _, e in entries if e.verb == verb) for verb in ("pre", "post", "heads")}
-        self.pre, self.post, self.heads = by_verb["pre"], by_verb["post"], by_verb["heads"]
-        names = dict.fromkeys(e.name for _, e in entries if e.verb == "param")
-        self.param = tuple((n, tuple(e.port for _, e in entries if e.verb == "param" and e.name == n)) for n in names)
-
-
-def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    ports: Ports = self.__dict__[PORTS]
-    for port in ports.pre:
-        args, kwargs = port.pre(self, args, kwargs)
-    if ports.param:
-        return _call_substituted(self, ports, args, kwargs)
-    y = type(self)._deltatune_base.__call__(self, *args, **kwargs)  # type: ignore[attr-defined]
-    for port in ports.post:
-        y = port.post(self, args, kwargs, y)
-    return y
-
-
-def _call_substituted(self: nn.Module, ports: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    own = self._parameters
-    kept = [(name, own[name]) for name, _ in ports.param]
-    try:
-        for name, changes in ports.param:
-            for port in changes:
-                own[name] = port.param(own[name])
-        y = type(self)._deltatune_base.__call__(self, *args, **kwargs)  # type: ignore[attr-defined]
-        for port in ports.post:
-            y = port.post(self, args, kwargs, y)
-        return y
-    finally:
-        for name, theta in kept:
-            own[name] = theta
-
-
-def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    _, _, *rest = object.__reduce_ex__(self, protocol)
-    return (_rebuild, (type(self)._deltatune_base,), *rest)  # type: ignore[attr-defined]
-
-
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    ported = with_ports(base)
-    return ported.__new__(ported)
-
-
-def _extra_repr(self: nn.Module) -> str:
-    own = type(self)._deltatune_base.extra_repr(self)  # type: ignore[attr-defined]
-    shown = dict.fromkeys(f"{name}: {edit.port.method}" for name, edit in self.__dict__[PORTS].entries)
-    return ", ".join(filter(None, [own, *(f"<{text}>" for text in shown)]))
-
-
-@cache
-def with_ports(base: type[nn.Module]) -> type[nn.Module]:
-    """Return the subclass of `base` whose calls go through the ports; it keeps the name, by which others look classes up."""
-    verbs = {"__call__": _call, "__reduce_ex__": _reduce, "extra_repr": _extra_repr}
-    return type(base.__name__, (base,), {**verbs, "__module__": base.__module__, BASE: base})
 
 
 class Leaves(nn.Module):
@@ -110,6 +38,10 @@ class Deltas(nn.Module):
         self.frozen = frozen
         self.settings: list[tuple[Setting, Any]] = []
 
+    def forward(self, x: Any) -> Any:
+        """Hand on what comes: a root that calls all its children in a row (`nn.Sequential`) comes past here."""
+        return x
+
 
 class Attachment:
     """A live link between weights and a backbone; undone by `detach()` or by leaving its `with` block."""
@@ -120,14 +52,16 @@ class Attachment:
         self.model, self.name, self.leaves = model, name, leaves
         self.delta, self.placements = source.delta, placements
         self._spec = replace(
-            source, tensors={}
+            source, tensors={}, fixed={}
         )  # the leaves hold the numbers; a second copy would double the memory of Full
 
     @property
     def weights(self) -> Weights:
         """The current numbers, as float32 CPU copies."""
+        stored = {p.name(leaf) for p in self.placements for leaf, d in p.leaves.items() if d.kind == "stored"}
         now = {name: t.detach().to("cpu", copy=True) for name, t in self._named() if isinstance(t, nn.Parameter)}
-        return replace(self._spec, tensors=now)
+        fixed = {name: t.to("cpu", copy=True) for name, t in self._named() if name in stored}
+        return replace(self._spec, tensors=now, fixed=fixed)
 
     @property
     def attached(self) -> bool:
@@ -153,8 +87,9 @@ class Attachment:
         if weights.delta != self.delta:
             raise DeltaTuneError(f"{self.name!r} holds {self.delta}; the weights given are for {weights.delta}.")
         check_tensors(weights, self.placements)
-        for name, tensor in self.named_parameters():
-            tensor.data.copy_(weights.tensors[name])
+        for name, tensor in self._named():
+            if name in weights.held:
+                tensor.data.copy_(weights.held[name])
 
     def detach(self) -> None:
         """Take this delta off the model; raises `DeltaTuneError` when it is off already."""
@@ -221,33 +156,44 @@ def _free_name(model: nn.Module, name: str | None) -> str:
 
 def _leaves(model: nn.Module, weights: Weights, placements: list[Placement]) -> Leaves:
     leaves = Leaves()
-    frozen = generate(model, placements, weights.seed, {}, trained=False)
+    held = {**generate(model, placements, weights.seed, "seeded", {}), **weights.held}
     for placement in placements:
         here = next(model.get_submodule(placement.site.path).parameters()).device
         for leaf, declared in placement.leaves.items():
             name = placement.name(leaf)
-            if declared.trained and key(name) not in leaves._parameters:
-                leaves.register_parameter(key(name), nn.Parameter(weights.tensors[name].detach().to(here, copy=True)))
-            elif not declared.trained and key(name) not in leaves._buffers:
-                leaves.register_buffer(key(name), frozen[name].to(here), persistent=False)
+            if key(name) in leaves._parameters or key(name) in leaves._buffers:
+                continue
+            tensor = held[name].detach().to(here, copy=True)
+            if declared.trained:
+                leaves.register_parameter(key(name), nn.Parameter(tensor))
+            else:
+                leaves.register_buffer(key(name), tensor, persistent=False)
     return leaves
 
 
 def _plan(model: nn.Module, placements: list[Placement], leaves: Leaves) -> tuple[list[Edit], list[Setting]]:
+    terms: dict[int, list[Seat]] = {}
+    for placement in placements:
+        inner = replace(placement, method=placement.method.computes)
+        terms.setdefault(placement.term, []).append((inner, tensors_of(placement, leaves)))
     edits: list[Edit] = []
     settings: list[Setting] = []
     parts = anatomy(model)
-    for placement in placements:
-        if placement.method.acts not in BUILDERS:
+    for seats in terms.values():
+        method = seats[0][0].method
+        if method.acts not in BUILDERS:
             raise DeltaTuneError(
-                f"{placement.method} needs the attention of a transformers model; import deltatune.backbones first."
+                f"{method} needs the attention of a transformers model; import deltatune.backbones first."
             )
-        tensors = Tensors(placement.method, leaves, {leaf: key(placement.name(leaf)) for leaf in placement.leaves})
-        inner = replace(placement, method=placement.method.computes)
-        more, also = BUILDERS[placement.method.acts](model, parts, inner, tensors)
+        more, also = BUILDERS[method.acts](model, parts, seats)
         edits += more
         settings += also
     return edits, settings
+
+
+def tensors_of(placement: Placement, leaves: nn.Module) -> Tensors:
+    """Return what reads the tensors of a placement from the module that holds them."""
+    return Tensors(placement.method, leaves, {leaf: key(placement.name(leaf)) for leaf in placement.leaves})
 
 
 def _apply(attachment: Attachment, edits: list[Edit], settings: list[Setting]) -> None:

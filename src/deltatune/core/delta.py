@@ -139,11 +139,16 @@ def _tensors(model: nn.Module, sites: list[Site]) -> list[Site]:
             raise DeltaTuneError(
                 f"{site.role} is packed with other roles in {site.path!r}; name the whole module by path:{site.path}."
             )
-        for path, module in model.get_submodule(site.path).named_modules(prefix=site.path, remove_duplicate=False):
-            for name, tensor in module.named_parameters(recurse=False):
-                if path.split(".")[0] != "deltas":
-                    _add_tensor(found, replace(site, path=path, tensor=name, shape=tuple(tensor.shape)), tensor)
+        for outer in [site.path] if site.exit is None else [site.path, site.exit]:
+            _add_tensors(found, replace(site, exit=None), model, outer)
     return list(found.values())
+
+
+def _add_tensors(found: dict[int, Site], site: Site, model: nn.Module, outer: str) -> None:
+    for path, module in model.get_submodule(outer).named_modules(prefix=outer, remove_duplicate=False):
+        for name, tensor in module.named_parameters(recurse=False):
+            if path.split(".")[0] != "deltas":
+                _add_tensor(found, replace(site, path=path, tensor=name, shape=tuple(tensor.shape)), tensor)
 
 
 def _add_tensor(found: dict[int, Site], site: Site, tensor: Tensor) -> None:

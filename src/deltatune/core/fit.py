@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from deltatune.core.delta import Placement
+from deltatune.core.leaf import Leaf
 from deltatune.core.weights import Fingerprint, Weights
 from deltatune.errors import DeltaTuneError, nearest
 
@@ -23,19 +26,22 @@ def check_backbone(wanted: Fingerprint, found: Fingerprint, check: bool) -> None
 
 def check_tensors(weights: Weights, placements: list[Placement]) -> None:
     """Raise `DeltaTuneError` when the tensors are not exactly those that the placements declare."""
-    wanted = {p.name(leaf): d.shape for p in placements for leaf, d in p.leaves.items() if d.trained}
-    for name in sorted(wanted.keys() - weights.tensors.keys()):
+    for kind, found in (("trained", weights.tensors), ("stored", weights.fixed)):
+        wanted = {p.name(leaf): d for p in placements for leaf, d in p.leaves.items() if d.kind == kind}
+        for name in sorted(wanted.keys() - found.keys()):
+            raise DeltaTuneError(f"the weights lack the tensor {name!r} of {weights.delta}.{nearest(name, found)}")
+        for name, tensor in found.items():
+            if name not in wanted:
+                raise DeltaTuneError(
+                    f"the weights hold the tensor {name!r}, which {weights.delta} does not declare.{nearest(name, wanted)}"
+                )
+            _check_tensor(name, tensor, wanted[name])
+
+
+def _check_tensor(name: str, tensor: Tensor, wanted: Leaf) -> None:
+    if tuple(tensor.shape) != wanted.shape:
         raise DeltaTuneError(
-            f"the weights lack the tensor {name!r} of {weights.delta}.{nearest(name, weights.tensors)}"
+            f"the tensor {name!r} has the shape {tuple(tensor.shape)}; this backbone needs {wanted.shape}."
         )
-    for name, tensor in weights.tensors.items():
-        if name not in wanted:
-            raise DeltaTuneError(
-                f"the weights hold the tensor {name!r}, which {weights.delta} does not declare.{nearest(name, wanted)}"
-            )
-        if tuple(tensor.shape) != wanted[name]:
-            raise DeltaTuneError(
-                f"the tensor {name!r} has the shape {tuple(tensor.shape)}; this backbone needs {wanted[name]}."
-            )
-        if not tensor.is_floating_point():
-            raise DeltaTuneError(f"the tensor {name!r} holds {tensor.dtype}; a delta's tensors are float32.")
+    if wanted.trained and not tensor.is_floating_point():
+        raise DeltaTuneError(f"the tensor {name!r} holds {tensor.dtype}; a delta's tensors are float32.")

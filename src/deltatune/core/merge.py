@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from deltatune.core.attach import Attachment
+from deltatune.core.attach import Attachment, key, tensors_of
 from deltatune.core.delta import Placement, place
 from deltatune.core.fit import check_backbone, check_tensors
-from deltatune.core.method import OnLinear, OnTensor
+from deltatune.core.method import OnLinear
 from deltatune.core.ports import Tensors
 from deltatune.core.site import Site
 from deltatune.core.weights import Weights, fingerprint, generate
@@ -41,29 +41,26 @@ def merge(model: nn.Module, what: Weights | Attachment, untie: bool = False, che
     holder = _holder(model, weights, placements)
     changed: Change = {}
     for placement in placements:
-        tensors = Tensors(
-            placement.method, holder, {leaf: placement.name(leaf).replace(".", "/") for leaf in placement.leaves}
-        )
-        _apply(model, placement, tensors, changed)
+        _apply(model, placement, tensors_of(placement, holder), changed)
     _check_ties(model, placements, changed, untie)
     return {".".join(filter(None, place)): _cast(model, place, tensor) for place, tensor in changed.items()}
 
 
 def _holder(model: nn.Module, weights: Weights, placements: list[Placement]) -> nn.Module:
     holder = nn.Module()
-    for name, tensor in {**generate(model, placements, weights.seed, {}, trained=False), **weights.tensors}.items():
-        holder.register_buffer(name.replace(".", "/"), tensor)
+    for name, tensor in {**generate(model, placements, weights.seed, "seeded", {}), **weights.held}.items():
+        holder.register_buffer(key(name), tensor)
     return holder
 
 
 @torch.no_grad()
 def _apply(model: nn.Module, placement: Placement, tensors: Tensors, changed: Change) -> None:
-    site, method = placement.site, placement.method.computes
-    if isinstance(method, OnTensor):
+    site, method = placement.site, cast(Any, placement.method.computes)
+    if method.acts == "tensor":
         for path, name in [(site.path, site.tensor or ""), *site.ties]:
             before = _stored(model, changed, path, name)
             changed[path, name] = method.value(tensors(before.dtype), before)
-    elif isinstance(method, OnLinear):
+    else:
         if site.kind == "linear":
             _apply_weight(model, site, method, tensors, changed)
         _apply_bias(model, site, method, tensors, changed)

@@ -6,9 +6,10 @@ Throughout, `p` holds the method's tensors at one site as attributes, in the com
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from deltatune.core.leaf import Leaf
@@ -58,6 +59,18 @@ class Method(Spec):
         """Return the tensors the method computes with; a reparameterized method computes them from fewer."""
         return p
 
+    def penalty(self, p: Any) -> Tensor | None:
+        """Return a scalar that training adds to the loss for this site, or None."""
+        return None
+
+    def draw(self, p: Any, generator: Generator) -> dict[str, Tensor]:
+        """Return the values of untrained leaves for one training step (noise, random masks); outside it they are as they start."""
+        return {}
+
+    def step(self, sites: list[Any], step: int, steps: int) -> list[dict[str, Tensor]] | None:
+        """Return new values of leaves, site by site, after optimizer step `step` of `steps`; the gradients are still there."""
+        return None
+
     @property
     def computes(self) -> Method:
         """The method that acts at the port with the unfolded tensors: this one, unless it wraps another."""
@@ -104,6 +117,34 @@ class OnStream(Method):
         raise NotImplementedError
 
 
+class OnBranch(Method):
+    """A method in parallel to a sub-layer: it sees what goes in and changes what comes out."""
+
+    acts = "branch"
+    kinds = ("linear", "norm", "container")
+    breaks: ClassVar[dict[Law, str]] = {"merge": "it adds a computation that no weight of the backbone can express"}
+
+    def output(self, p: Any, x: Tensor, y: Tensor) -> Tensor:
+        """Return y' [..., d_out] for the sub-layer's input x [..., d_in] and output y [..., d_out]."""
+        raise NotImplementedError
+
+
+class OnLadder(Method):
+    """A method beside a stack: rungs read the blocks' outputs, and the last one adds to the stack's own (no gradient enters it)."""
+
+    acts = "ladder"
+    kinds = ("container",)
+    breaks: ClassVar[dict[Law, str]] = {"merge": "a network beside the backbone is not a change of any weight"}
+
+    def rung(self, p: Any, h: Tensor, s: Tensor | None) -> Tensor:
+        """Return the side state s' [..., size] after a block's output h [..., d]; s is None at the first rung."""
+        raise NotImplementedError
+
+    def top(self, p: Any, h: Tensor, s: Tensor) -> Tensor:
+        """Return what the last block hands on, h' [..., d], with the last rung's tensors."""
+        raise NotImplementedError
+
+
 class OnTensor(Method):
     """A method on single parameters of any shape: norms, biases, embeddings, whole layers."""
 
@@ -136,6 +177,39 @@ class OnTokens(Method):
 
     def tokens(self, p: Any) -> Tensor:
         """Return input embeddings [length, d]."""
+        raise NotImplementedError
+
+
+class OnQueries(Method):
+    """A method that adds to what attention puts out, from its queries."""
+
+    acts = "queries"
+    kinds = ("container",)
+    breaks: ClassVar[dict[Law, str]] = {"merge": "attention to something beside the text is not a change of any weight"}
+
+    def attend(self, p: Any, q: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        """Return what is added to the attention's output, [batch, heads, length, head width], before its output projection.
+
+        `q` holds the queries of that shape, scaled as the backbone scales them; `project` makes keys and values
+        [heads, n, head width] of states [n, d], as the backbone makes them of the text, without positions.
+        """
+        raise NotImplementedError
+
+
+class OnPositions(Method):
+    """A method on a hidden state that looks at where its tokens stand in their text."""
+
+    acts = "positions"
+    kinds = ("linear", "norm", "container")
+    breaks: ClassVar[dict[Law, str]] = {"merge": "it adds a computation that no weight of the backbone can express"}
+
+    @property
+    def from_end(self) -> bool:
+        """Whether it needs to know where the text ends, which nothing tells while a causal stack is being trained."""
+        return False
+
+    def stream(self, p: Any, h: Tensor, at: Tensor) -> Tensor:
+        """Return h' [batch, length, d] for the hidden state h; `at` [batch, length] counts from 0, and is -1 for padding."""
         raise NotImplementedError
 
 

@@ -30,10 +30,14 @@ class Tensors:
         self.method, self.holder, self.keys = method, holder, keys
 
     def __call__(self, dtype: torch.dtype) -> Any:
-        """Return the leaves as attributes, cast once to the compute dtype."""
+        """Return the leaves as attributes, cast once to the compute dtype; indices stay whole numbers."""
+        held = self.live().items()
+        return self.method.unfold(Bag({leaf: t.to(dtype) if t.is_floating_point() else t for leaf, t in held}))
+
+    def live(self) -> dict[str, Tensor]:
+        """Return the leaves themselves, by name."""
         trained, fixed = self.holder._parameters, self.holder._buffers
-        held = {leaf: trained[key] if key in trained else fixed[key] for leaf, key in self.keys.items()}
-        return self.method.unfold(Bag({leaf: tensor.to(dtype) for leaf, tensor in held.items()}))  # type: ignore[union-attr]
+        return {leaf: trained[key] if key in trained else fixed[key] for leaf, key in self.keys.items()}  # type: ignore[misc]
 
 
 def weight_of(module: nn.Module, transposed: bool, part: Part | None) -> Tensor:
@@ -113,10 +117,62 @@ class StreamPort(Port):
         return args, {**kwargs, self.first: self._changed(kwargs[self.first])}
 
     def post(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
-        return (self._changed(y[0]), *y[1:]) if isinstance(y, tuple) else self._changed(y)
+        return (self._placed(y[0]), *y[1:]) if isinstance(y, tuple) else self._placed(y)
+
+    def _placed(self, y: Tensor) -> Tensor:
+        """Change an output, or this site's part of it when several roles share the module."""
+        part = self.site.part
+        return self._changed(y) if part is None else part.put(y, self._changed(part.take(y, -1)), -1)
 
     def _changed(self, h: Tensor) -> Tensor:
         return self.method.stream(self.tensors(h.dtype), h)
+
+
+class BranchPort(StreamPort):
+    """pre keeps what goes into a sub-layer; post: y -> method.output(p, x, y), the first of several outputs."""
+
+    def __init__(self, site: Site, method: Any, tensors: Tensors, first: str) -> None:
+        super().__init__(site, method, tensors, first)
+        self.x: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "x": None}  # it belongs to a graph, and the next call brings another
+
+    def pre(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.x = args[0] if args else kwargs[self.first]
+        return args, kwargs
+
+    def _changed(self, h: Tensor) -> Tensor:
+        x, self.x = self.x, None
+        return self.method.output(self.tensors(h.dtype), x, h)
+
+
+class Ladder:
+    """The side state of one delta beside one stack, on its way up."""
+
+    def __init__(self) -> None:
+        self.s: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"s": None}
+
+
+class LadderPort(StreamPort):
+    """post on a block: s -> method.rung(p, h, s); on the last one also h -> method.top(p, h, s)."""
+
+    def __init__(
+        self, site: Site, method: Any, tensors: Tensors, first: str, ladder: Ladder, is_first: bool, is_last: bool
+    ) -> None:
+        super().__init__(site, method, tensors, first)
+        self.ladder, self.is_first, self.is_last = ladder, is_first, is_last
+
+    def _changed(self, h: Tensor) -> Tensor:
+        p, before = self.tensors(h.dtype), None if self.is_first else self.ladder.s
+        s = self.method.rung(p, h, before)
+        self.ladder.s = None if self.is_last else s
+        return self.method.top(p, h, s) if self.is_last else h
 
 
 class TensorPort(Port):
@@ -145,8 +201,22 @@ class Setting:
     value: Any
 
 
-Builder = Callable[[nn.Module, Anatomy, Placement, Tensors], tuple[list[Edit], list[Setting]]]
+Seat = tuple[Placement, Tensors]
+Built = tuple[list[Edit], list[Setting]]
+Builder = Callable[[nn.Module, Anatomy, list[Seat]], Built]
 BUILDERS: dict[str, Builder] = {}  # by `Method.acts`; backbones add those that need their attention
+
+
+def each(build: Callable[[nn.Module, Anatomy, Placement, Tensors], Built]) -> Builder:
+    """Return the builder of a term whose sites know nothing of one another."""
+
+    def builder(model: nn.Module, anatomy: Anatomy, seats: list[Seat]) -> Built:
+        built = [build(model, anatomy, placement, tensors) for placement, tensors in seats]
+        return [edit for edits, _ in built for edit in edits], [
+            setting for _, settings in built for setting in settings
+        ]
+
+    return builder
 
 
 def first_argument(module: nn.Module) -> str:
@@ -159,28 +229,54 @@ def first_argument(module: nn.Module) -> str:
     return names[0]
 
 
-def _linear(
-    model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors
-) -> tuple[list[Edit], list[Setting]]:
+def _linear(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> Built:
     module = model.get_submodule(placement.site.path)
     return [Edit(module, "post", LinearPort(placement.site, placement.method, tensors))], []  # type: ignore[arg-type]
 
 
-def _stream(
-    model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors
-) -> tuple[list[Edit], list[Setting]]:
-    module = model.get_submodule(placement.site.path)
-    port = StreamPort(placement.site, placement.method, tensors, first_argument(module))
-    return [Edit(module, "pre" if placement.site.side == "in" else "post", port)], []
+def _stream(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> Built:
+    site = placement.site
+    enter, leave = _ends(model, site)
+    port = StreamPort(site, placement.method, tensors, first_argument(enter))
+    return [Edit(enter, "pre", port) if site.side == "in" else Edit(leave, "post", port)], []
 
 
-def _tensor(
-    model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors
-) -> tuple[list[Edit], list[Setting]]:
+def _branch(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> Built:
+    enter, leave = _ends(model, placement.site)
+    port = BranchPort(placement.site, placement.method, tensors, first_argument(enter))
+    return [Edit(enter, "pre", port), Edit(leave, "post", port)], []
+
+
+def _ladder(model: nn.Module, anatomy: Anatomy, seats: list[Seat]) -> Built:
+    edits = []
+    for stack in dict.fromkeys(placement.site.stack for placement, _ in seats):
+        own = sorted((s for s in seats if s[0].site.stack == stack), key=lambda seat: seat[0].site.layer or 0)
+        ladder = Ladder()
+        for rung, (placement, tensors) in enumerate(own):
+            module = model.get_submodule(placement.site.path)
+            ends = rung == 0, rung == len(own) - 1
+            port = LadderPort(placement.site, placement.method, tensors, first_argument(module), ladder, *ends)
+            edits.append(Edit(module, "post", port))
+        top = own[-1][0].site
+        if stack in {s.name for s in anatomy.stacks} and top.layer != anatomy.stack(stack).layers - 1:
+            raise DeltaTuneError(
+                f"{seats[0][0].method} ends at {top.path!r}, but a ladder hands its result on behind the last block; "
+                f"include block[-1] in its where."
+            )
+    return edits, []
+
+
+def _ends(model: nn.Module, site: Site) -> tuple[nn.Module, nn.Module]:
+    """Return the modules at which a site begins and ends."""
+    module = model.get_submodule(site.path)
+    return module, module if site.exit is None else model.get_submodule(site.exit)
+
+
+def _tensor(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> Built:
     site = placement.site
     port = TensorPort(site, placement.method, tensors)
     where = [(site.path, site.tensor or ""), *site.ties]
     return [Edit(model.get_submodule(path), "param", port, name) for path, name in where], []
 
 
-BUILDERS.update(linear=_linear, stream=_stream, tensor=_tensor)
+BUILDERS.update(linear=each(_linear), stream=each(_stream), branch=each(_branch), ladder=_ladder, tensor=each(_tensor))

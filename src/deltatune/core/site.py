@@ -80,13 +80,17 @@ class Stack:
 
 @dataclass(frozen=True)
 class Place:
-    """One module that plays one role: its path, the block it is in, and its part when several roles share the module."""
+    """One module that plays one role: its path, the block it is in, and its part when several roles share the module.
+
+    A sub-layer that no single module is begins at `path` and ends at `exit`.
+    """
 
     role: str
     path: str
     stack: str = ""
     layer: int | None = None
     part: Part | None = None
+    exit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,8 @@ class Site:
     """One place that a where found: module, path, role, layer, side and widths; everything a method may know.
 
     `tensor` names one parameter of the module (for methods on tensors), of shape `shape`; `ties` are the other places
-    that hold the very same parameter. `site.address` names the site in files.
+    that hold the very same parameter. `exit` is where a sub-layer ends that is not one module. `site.address` names the
+    site in files.
     """
 
     role: str
@@ -144,6 +149,7 @@ class Site:
     tensor: str | None = None
     shape: tuple[int, ...] = ()
     ties: tuple[tuple[str, str], ...] = ()
+    exit: str | None = None
 
     @property
     def width(self) -> int:
@@ -156,6 +162,7 @@ class Site:
         part = f"[{self.role.rpartition('.')[2]}]" if self.part else ""
         return (
             f"{self.path or '/'}{part}"
+            + (f"~{self.exit}" if self.exit else "")
             + (f".{self.tensor}" if self.tensor else "")
             + (":in" if self.side == "in" else "")
         )
@@ -168,6 +175,8 @@ def is_transposed(module: nn.Module) -> bool:
 
 def describe(site: Site, module: nn.Module, width: int) -> Site:
     """Fill in what the module itself tells: its kind and its widths (`width` for containers, in features)."""
+    if site.exit:
+        return replace(site, kind="container", d_in=width, d_out=width)
     own = {name: p for name, p in module.named_parameters(recurse=False)}
     weight = own.get("weight")
     bias = "bias" in own

@@ -11,16 +11,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Generator, Tensor, nn
 
-from deltatune.core.delta import Delta, Placement, Term, as_delta, parse, place
+from deltatune.core.delta import Delta, Placement, as_delta, parse, place
 from deltatune.core.leaf import Given, Leaf
-from deltatune.core.method import Bag, Method
+from deltatune.core.method import Method
 from deltatune.errors import DeltaTuneError
 from deltatune.files import write_bytes, write_json
 
@@ -76,7 +76,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 class Weights:
     """A delta's numbers: `tensors` by the names of `Placement.name`, for the backbone of `backbone`.
 
-    Leaves that are not trained are not held: `seed` regenerates them.
+    `fixed` holds the leaves that are stored and not trained; the other untrained ones `seed` regenerates.
     """
 
     delta: Delta
@@ -84,6 +84,7 @@ class Weights:
     backbone: Fingerprint
     seed: int = 0
     notes: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -93,7 +94,12 @@ class Weights:
     @property
     def nbytes(self) -> int:
         """The size of the tensors in bytes."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return sum(t.numel() * t.element_size() for t in self.held.values())
+
+    @property
+    def held(self) -> dict[str, Tensor]:
+        """All tensors that travel, trained or fixed."""
+        return {**self.tensors, **self.fixed}
 
     def spec(self) -> dict[str, Any]:
         """Return everything but the numbers, as JSON."""
@@ -104,14 +110,15 @@ class Weights:
             "backbone": self.backbone.to_json(),
             "seed": self.seed,
             "notes": dict(self.notes),
+            "fixed": sorted(self.fixed),
         }
 
     def write(self, folder: Path | str) -> None:
         """Write `delta.safetensors` and `delta.json` into `folder`, each in one step; the old ones stay if the disk refuses."""
-        for name, tensor in self.tensors.items():
+        for name, tensor in self.held.items():
             if not torch.isfinite(tensor).all():
                 raise DeltaTuneError(f"the tensor {name!r} holds NaN or infinity; nothing was written to {folder}.")
-        tensors = {n: t.detach().to("cpu").contiguous() for n, t in self.tensors.items()}
+        tensors = {n: t.detach().to("cpu").contiguous() for n, t in self.held.items()}
         write_bytes(Path(folder) / "delta.safetensors", to_bytes(tensors, {"deltatune": json.dumps(self.spec())}))
         write_json(Path(folder) / "delta.json", self.spec())
 
@@ -173,7 +180,9 @@ def _from_header(spec: Any, tensors: dict[str, Tensor]) -> Weights:
     for name, (kind, words) in kinds.items():
         if not isinstance(spec.get(name), kind):
             raise DeltaTuneError(f"{name!r} is missing or is not {words}; found {spec.get(name)!r}.")
-    return Weights(parse(spec["delta"]), tensors, Fingerprint.from_json(spec["backbone"]), spec["seed"], spec["notes"])
+    fixed = {name: tensors.pop(name) for name in spec.get("fixed", []) if name in tensors}
+    backbone = Fingerprint.from_json(spec["backbone"])
+    return Weights(parse(spec["delta"]), tensors, backbone, spec["seed"], spec["notes"], fixed)
 
 
 def init(delta: Delta | Method, model: nn.Module, seed: int = 0, evidence: Mapping[str, Any] | None = None) -> Weights:
@@ -183,20 +192,25 @@ def init(delta: Delta | Method, model: nn.Module, seed: int = 0, evidence: Mappi
     """
     delta = as_delta(delta)
     placements = place(model, delta)
-    tensors = generate(model, placements, seed, evidence or {}, trained=True)
-    return Weights(delta, tensors, fingerprint(model), seed)
+    trained = generate(model, placements, seed, "trained", evidence or {})
+    fixed = generate(model, placements, seed, "stored", evidence or {})
+    return Weights(delta, trained, fingerprint(model), seed, fixed=fixed)
 
 
 def generate(
-    model: nn.Module, placements: list[Placement], seed: int, evidence: Mapping[str, Any], trained: bool
+    model: nn.Module,
+    placements: list[Placement],
+    seed: int,
+    kind: Literal["trained", "stored", "seeded"],
+    evidence: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Return the start of all leaves that are trained, or of all that are not."""
+    """Return the start of all leaves that are held in one way."""
     tensors: dict[str, Tensor] = {}
     used: dict[str, int] = {}
     for placement in placements:
         for leaf, declared in placement.leaves.items():
             name = placement.name(leaf)
-            if declared.trained is not trained or name in tensors:
+            if declared.kind != kind or name in tensors:
                 continue
             identity = name.partition(".")[2]
             used[identity] = used.get(identity, -1) + 1
@@ -214,32 +228,9 @@ def _start(
         )
     generator = Generator().manual_seed(int.from_bytes(hashlib.sha256(identity.encode()).digest()[:7], "big"))
     own = dict(model.get_submodule(placement.site.path).named_parameters(recurse=False))
-    if placement.site.tensor:
-        own["theta"] = own[placement.site.tensor]
-    tensor = declared.init.fill(declared.shape, generator, Given(own, evidence))
+    tensor = declared.init.fill(declared.shape, generator, Given(placement.site, own, evidence))
     if tuple(tensor.shape) != declared.shape:
         raise DeltaTuneError(
             f"{declared.init} gave the shape {tuple(tensor.shape)} for {leaf!r} of {placement.method}; it needs {declared.shape}."
         )
     return tensor
-
-
-def flatten(model: nn.Module, weights: Weights) -> Weights:
-    """Return the same delta without its reparameterizations: what their maps compute, as plain leaves (Li and Liang, 2021)."""
-    from deltatune.core.fit import check_tensors
-
-    tensors: dict[str, Tensor] = {}
-    placements = place(model, weights.delta)
-    check_tensors(weights, placements)
-    for placement in placements:
-        held = {leaf: weights.tensors[placement.name(leaf)] for leaf, d in placement.leaves.items() if d.trained}
-        if placement.method.computes is placement.method:
-            tensors.update({placement.name(leaf): tensor for leaf, tensor in held.items()})
-            continue
-        with torch.no_grad():
-            plain = vars(placement.method.unfold(Bag(held)))
-        tensors.update(
-            {f"{placement.term}.{placement.site.address}.{leaf}": t.contiguous() for leaf, t in plain.items()}
-        )
-    delta = Delta(tuple(Term(term.where, term.method.computes) for term in weights.delta.terms))
-    return Weights(delta, tensors, weights.backbone, weights.seed, weights.notes)

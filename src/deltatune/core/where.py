@@ -125,13 +125,14 @@ def _layers(text: str | None, where: str) -> slice | int | None:
 def select(model: nn.Module, where: str, anatomy: Anatomy) -> list[Site]:
     """Return the sites of `where` in `model`, in the order of the alternatives and of the blocks, each once."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[tuple[str, object, str], Site] = {}
+    found: dict[tuple[str, object, str | None, str], Site] = {}
     for atom in parse(where):
         places = _by_path(atom, modules) if atom.path is not None else _by_role(atom, anatomy)
         if not places and not atom.optional:
             raise _nothing(atom, where, anatomy, modules)
         for place in places:
-            found.setdefault((place.path, place.part, atom.side), _site(place, atom, modules[place.path], anatomy))
+            key = (place.path, place.part, place.exit, atom.side)
+            found.setdefault(key, _site(place, atom, modules[place.path], anatomy))
     return list(found.values())
 
 
@@ -173,9 +174,8 @@ def _chosen(layers: range, wanted: slice | int) -> range:
 
 def _site(place: Place, atom: Atom, module: nn.Module, anatomy: Anatomy) -> Site:
     stack = next((s for s in anatomy.stacks if s.name == place.stack), None)
-    site = Site(
-        place.role, place.path, place.stack, place.layer, place.part, atom.side, heads=stack.heads if stack else None
-    )
+    heads = stack.heads if stack else None
+    site = Site(place.role, place.path, place.stack, place.layer, place.part, atom.side, heads=heads, exit=place.exit)
     return describe(site, module, stack.width if stack else 0)
 
 

@@ -170,7 +170,7 @@ class Plan:
     def _candidate(self, method: str, backbone: str, task: str, block: Block, lr: float) -> Entry:
         search = self.search
         assert search is not None
-        settings = {**self._settings(method, block), "lr": lr, "steps": search.steps}
+        settings = {**self._settings(method, block), "lr": lr, "steps": search.steps, "test": False}
         return Entry(self._run(Cell(method, backbone, task, search.seed), settings), method, "search")
 
     def _settings(self, method: str, block: Block) -> dict[str, Any]:

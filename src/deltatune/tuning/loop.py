@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from deltatune.core.attach import Attachment
+from deltatune.core.motion import advance, drawn, moving, penalty, rates
 from deltatune.errors import DeltaTuneError
 from deltatune.tuning.checkpoint import (
     cut_log,
@@ -65,10 +67,9 @@ class Progress:
 
 @dataclass
 class Loop:
-    """One training: `parameters` of `model` on `rows`; `evaluate` gives the dev score, None for no dev evaluation."""
+    """One training: an attached delta on `rows`; `evaluate` gives the dev score, None for no dev evaluation."""
 
-    model: nn.Module
-    parameters: list[nn.Parameter]
+    attachment: Attachment
     rows: Sequence[Row]
     pad: int
     recipe: Recipe
@@ -84,7 +85,9 @@ class Loop:
 
         self.accelerator = Accelerator(mixed_precision="no")
         self.device = self.accelerator.device
-        self.optimizer = make_optimizer(self.recipe, self.parameters)
+        self.model, self.parameters = self.attachment.model, list(self.attachment.parameters())
+        self.held: list[Tensor] = [*self.parameters, *moving(self.attachment)]
+        self.optimizer = make_optimizer(self.recipe, self.parameters, rates(self.attachment))
         self.rate = learning_rate(self.recipe)
         self.best: list[Tensor] = []
         self.losses: deque[float] = deque(maxlen=5)
@@ -117,17 +120,20 @@ class Loop:
         started = time.perf_counter()
         rate = self.rate(self.progress.step)
         batch = collate(rows, self.pad, self.device)
-        with compute(self.device, self.recipe):
-            loss = self.model(**batch).loss
-        self.accelerator.backward(loss)
+        with drawn(self.attachment, self.seed * self.recipe.steps + self.progress.step):
+            with compute(self.device, self.recipe):
+                loss = self.model(**batch).loss
+            extra = penalty(self.attachment)
+            self.accelerator.backward(loss if extra is None else loss + extra)
         norm: Any = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.clip or math.inf)
         # The only wait for the device in a step, before the optimizer can spoil the parameters.
         value, size = torch.stack([loss.detach().float(), norm.detach().float()]).tolist()
         if not (math.isfinite(value) and math.isfinite(size)):
             raise NonFiniteLoss(self.explain(value, rate))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate"]
         self.optimizer.step()
+        advance(self.attachment, self.progress.step + 1, self.recipe.steps)
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - started
         tokens = sum(row.tokens for row in rows)
@@ -149,7 +155,7 @@ class Loop:
         progress.stale += 1
         if progress.dev is None or score > progress.dev:
             progress.dev, progress.best_step, progress.stale = score, progress.step, 0
-            self.best = [parameter.detach().clone() for parameter in self.parameters]
+            self.best = [tensor.detach().clone() for tensor in self.held]
         self.record({"dev": score})
 
     def record(self, line: dict[str, Any]) -> None:
@@ -176,7 +182,7 @@ class Loop:
             write_checkpoint(
                 self.folder,
                 {**dataclasses.asdict(self.progress), "log_bytes": self.log.tell(), "optimizer": slots, **generators},
-                {**named(self.parameters), **state, **random},
+                {**named(self.held), **state, **random},
                 named(self.best),
             )
 
@@ -190,8 +196,8 @@ class Loop:
         scalars, state, best = found
         for item in dataclasses.fields(Progress):
             setattr(self.progress, item.name, scalars[item.name])
-        self.best = [best[name].to(self.device) for name in named(self.parameters) if name in best]
-        put(self.parameters, [state[name] for name in named(self.parameters)])
+        self.best = [best[name].to(self.device) for name in named(self.held) if name in best]
+        put(self.held, [state[name] for name in named(self.held)])
         unpack_optimizer(self.optimizer, state, scalars["optimizer"])
         unpack_random(state, scalars)
 
@@ -201,7 +207,7 @@ class Loop:
         self.progress.peak_memory = max(self.progress.peak_memory, self.peak.note())
         self.model.eval()
         if self.best:
-            put(self.parameters, self.best)
+            put(self.held, self.best)
         else:
             self.progress.best_step = self.progress.step
 
@@ -250,8 +256,8 @@ def named(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"leaf/{index}": tensor for index, tensor in enumerate(tensors)}
 
 
-def put(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    """Write values into parameters, in place."""
+def put(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Write values into tensors, in place."""
     with torch.no_grad():
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.copy_(value)
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,10 +10,20 @@ from torch import nn
 
 from deltatune.tuning.recipe import Recipe
 
+Groups = list[dict[str, Any]]
 
-def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer: AdamW (2019), Adafactor (2018) with an outer learning rate, or SGD, momentum 0.9."""
-    return _MAKERS[recipe.optimizer](list(parameters), recipe)
+
+def make_optimizer(
+    recipe: Recipe, parameters: Iterable[nn.Parameter], rates: Mapping[nn.Parameter, float] | None = None
+) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer: AdamW (2019), Adafactor (2018) with an outer learning rate, or SGD, momentum 0.9.
+
+    There is one group of parameters for each of `rates`, whose `rate` multiplies the recipe's learning rate.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault((rates or {}).get(parameter, 1.0), []).append(parameter)
+    return _MAKERS[recipe.optimizer]([{"params": group, "rate": rate} for rate, group in groups.items()], recipe)
 
 
 def learning_rate(recipe: Recipe) -> Callable[[int], float]:
@@ -28,11 +38,11 @@ def learning_rate(recipe: Recipe) -> Callable[[int], float]:
     return lambda step: recipe.lr * factor(step)
 
 
-def _adamw(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+def _adamw(parameters: Groups, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=False)
 
 
-def _adafactor(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+def _adafactor(parameters: Groups, recipe: Recipe) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
     return Adafactor(
@@ -45,7 +55,7 @@ def _adafactor(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Op
     )
 
 
-def _sgd(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+def _sgd(parameters: Groups, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=0.9)
 
 

@@ -25,7 +25,8 @@ class Recipe:
     """How a delta is trained; raises `DeltaTuneError` when a field is outside its range.
 
     Lengths are in tokens, `warmup` is the share of the steps in which the learning rate rises from 0, and 0 switches
-    `clip`, `eval_every`, `patience`, `dev_limit`, `test_limit`, `checkpoint_every` and `shots` off.
+    `clip`, `eval_every`, `patience`, `dev_limit`, `test_limit`, `checkpoint_every` and `shots` off. Without `test` the run
+    is judged on dev alone and never reads the test split.
     """
 
     steps: int = 300
@@ -47,6 +48,7 @@ class Recipe:
     checkpoint_every: int = 50
     shots: int = 0
     dropout: bool = False
+    test: bool = True
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):

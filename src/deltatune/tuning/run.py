@@ -67,23 +67,20 @@ class _Session:
         self.attachment = dt.attach(self.backbone.model, weights)
 
     def result(self, on_step: OnStep | None) -> dict[str, Any]:
-        """Train, evaluate once on test, write what is kept, and return the result."""
+        """Train, evaluate once on test where the recipe says so, write what is kept, and return the result."""
         import deltatune as dt
 
         loading = time.perf_counter() - self.started
         progress, stopped = self._train(on_step)
         started = time.perf_counter()
-        examples = self.task.split("test")[: self.recipe.test_limit or None]
-        predictions = self._answer(examples)
-        test = score(self.task.metric, predictions, examples)
-        write_predictions(self.folder / PREDICTIONS, examples, predictions)
+        scores = self._test() if self.recipe.test else {"test": None, "majority": None}
         dt.save(self.attachment, self.folder)
         evaluating = time.perf_counter() - started
         return {
             "run": self.run.to_json(),
             "id": self.run.id,
             "metric": self.task.metric,
-            "test": test,
+            **scores,
             "dev": progress.dev,
             "best_step": progress.best_step,
             "steps": progress.step,
@@ -100,20 +97,23 @@ class _Session:
             "tokens": progress.tokens,
             "tokens_per_second": progress.tokens / progress.train_seconds if progress.train_seconds else None,
             "peak_memory_bytes": progress.peak_memory,
-            "majority": majority(self.task, examples),
             "environment": environment(),
         }
 
+    def _test(self) -> dict[str, float | None]:
+        """Answer the test split, write the predictions, and return their score and that of the commonest class."""
+        examples = self.task.split("test")[: self.recipe.test_limit or None]
+        predictions = self._answer(examples)
+        write_predictions(self.folder / PREDICTIONS, examples, predictions)
+        return {"test": score(self.task.metric, predictions, examples), "majority": majority(self.task, examples)}
+
     def _train(self, on_step: OnStep | None) -> tuple[Progress, str]:
-        parameters = list(self.attachment.parameters())
-        if not parameters:
+        if not self.count:
             return Progress(), "steps"
         recipe, run = self.recipe, self.run
         train = self.task.few_shot(recipe.shots, run.seed) if recipe.shots else self.task.split("train")
         rows = make_rows(self.codec, self.task, train)
-        loop = Loop(
-            self.backbone.model, parameters, rows, self.codec.pad, recipe, run.seed, self.folder, self._dev(), on_step
-        )
+        loop = Loop(self.attachment, rows, self.codec.pad, recipe, run.seed, self.folder, self._dev(), on_step)
         progress = loop.run()
         return progress, progress.finished(recipe) or "steps"
 

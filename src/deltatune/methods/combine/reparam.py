@@ -1,4 +1,4 @@
-"""Combinators: methods made of methods.
+"""Reparam: a method whose leaves are computed from others.
 
     Reparam(inner, through):   leaves of inner = through(fewer or other leaves)
 
@@ -21,20 +21,8 @@ from torch.nn import functional as F
 from deltatune.core.leaf import Init, KaimingUniform, Leaf, Normal, Zeros
 from deltatune.core.method import Bag, Method
 from deltatune.core.site import Site
-from deltatune.core.spec import Spec
 from deltatune.errors import DeltaTuneError
-
-
-class Map(Spec):
-    """A way to compute a method's leaves from others."""
-
-    def leaves(self, inner: dict[str, Leaf]) -> dict[str, Leaf]:
-        """Declare the leaves that are trained instead of `inner`."""
-        raise NotImplementedError
-
-    def unfold(self, p: Any) -> dict[str, Tensor]:
-        """Return the inner leaves by name."""
-        raise NotImplementedError
+from deltatune.methods._maps import Map
 
 
 @dataclass(frozen=True)
@@ -44,6 +32,8 @@ class MLP(Map):
     size: int = 512
     hidden: int = 512
     init: Init = Normal(0.02)
+
+    breaks = {"identity": "the network's output is not the inner method's neutral start"}  # noqa: RUF012
 
     def leaves(self, inner: dict[str, Leaf]) -> dict[str, Leaf]:
         lengths = {leaf.shape[0] for leaf in inner.values()}
@@ -89,8 +79,8 @@ class Reparam(Method):
 
     @property
     def breaks(self) -> Any:  # type: ignore[override]
-        """The laws that the inner method breaks, and neutrality, which a network does not start with."""
-        return {**self.inner.breaks, "identity": "the map's output is not the inner method's neutral start"}
+        """The laws that the inner method or the map breaks."""
+        return {**self.inner.breaks, **self.through.breaks}
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         return self.through.leaves(self.inner.leaves(site))

@@ -1,0 +1,42 @@
+"""Entries of a matrix: which ones, chosen at random once, and a matrix that has only those."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from deltatune.core.leaf import Given, Init, Leaf, Shape
+from deltatune.core.method import Method
+from deltatune.core.site import Site
+from deltatune.errors import DeltaTuneError
+
+
+@dataclass(frozen=True)
+class Distinct(Init):
+    """Distinct random whole numbers below `below`, int64."""
+
+    below: int
+
+    def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
+        return torch.randperm(self.below, generator=generator)[: shape[0]]
+
+
+def check_entries(method: Method, entries: int, site: Site) -> None:
+    """Raise `DeltaTuneError` for more entries than a site's weight has."""
+    if entries > site.d_out * site.d_in:
+        raise DeltaTuneError(
+            f"{type(method).__name__}(entries={entries}) exceeds the {site.d_out * site.d_in} entries of "
+            f"{site.path!r}: {site.d_out} x {site.d_in}."
+        )
+
+
+def picked(entries: int, site: Site) -> Leaf:
+    """Return the leaf of random places (row major) in a site's weight, regenerated from the seed."""
+    return Leaf((entries,), Distinct(site.d_out * site.d_in), trained=False)
+
+
+def scatter(values: Tensor, places: Tensor, rows: int, columns: int) -> Tensor:
+    """Return the matrix [rows, columns] that holds `values` at `places` (row major) and 0 elsewhere."""
+    return values.new_zeros(rows * columns).scatter(0, places, values).view(rows, columns)

@@ -1,0 +1,50 @@
+"""C3A: a change of a weight made of circulant blocks (Chen et al., 2025, arXiv:2407.19342).
+
+    W' = W + C / d_in        C: blocks C_ij [block, block], C_ij[t, s] = w_ij[(s - t) mod block]
+
+so x C^T is a sum of circular correlations, done by Fourier transforms in O(d log d) a row of blocks. w: [d_out / block,
+d_in / block, block] starts at zero, so that the delta starts neutral; the paper starts it uniform (Xavier:
+`init=XavierUniform()`). Parameters: d_in d_out / block a site.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltatune.core.leaf import Init, Leaf, Zeros
+from deltatune.core.method import Base, OnLinear
+from deltatune.core.site import Site
+from deltatune.methods._sizes import check_divides, check_least
+
+
+@dataclass(frozen=True)
+class C3A(OnLinear):
+    """Circular convolution adaptation: W' = W + C / d_in, C block-circulant (Chen et al., 2025)."""
+
+    block: int = 256
+    init: Init = Zeros()
+
+    where = "{attn.{q,v},cross.{q,v}?}"
+
+    def __post_init__(self) -> None:
+        check_least(self, block=self.block)
+
+    def leaves(self, site: Site) -> dict[str, Leaf]:
+        for width in (site.d_in, site.d_out):
+            check_divides(self, "block", self.block, width, site)
+        return {"w": Leaf((site.d_out // self.block, site.d_in // self.block, self.block), self.init)}
+
+    def weight(self, p: Any, W: Tensor) -> Tensor:
+        t = torch.arange(self.block, device=p.w.device)
+        C = p.w[..., (t - t[:, None]) % self.block]
+        return W + (C.transpose(1, 2).reshape(W.shape) / W.shape[1]).to(W.dtype)
+
+    def output(self, p: Any, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        wide = torch.promote_types(y.dtype, torch.float32)  # there is no Fourier transform of bfloat16
+        blocks = torch.fft.rfft(x.to(wide).unflatten(-1, (-1, self.block)))
+        mixed = torch.einsum("...nf,mnf->...mf", blocks, torch.fft.rfft(p.w.to(wide)).conj())
+        return y + (torch.fft.irfft(mixed, n=self.block).flatten(-2) / x.shape[-1]).to(y.dtype)
