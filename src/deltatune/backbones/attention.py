@@ -1,8 +1,9 @@
-"""Extra keys and values in a backbone's attention, through the attention function that transformers looks up by name.
+"""What deltas add to a backbone's attention, through the attention function that transformers looks up by name.
 
 A backbone whose `config._attn_implementation` is `sdpa` is set to `deltatune_sdpa` while such a delta is attached: the
-same function, called with the delta's keys and values in front. They come after rotary embedding and never enter the
-key/value cache, so cached and uncached generation agree and a cache can be shared.
+same function, called with the delta's keys and values in front, and what it makes of the queries added to the result.
+Keys and values come after rotary embedding and never enter the key/value cache, so cached and uncached generation agree
+and a cache can be shared.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch.nn import functional as F
 
 from deltatune.backbones.reader import RowPositions, argument_names, reader
 from deltatune.core.delta import Placement
-from deltatune.core.ports import BUILDERS, PORTS, Edit, Port, Setting, Tensors
-from deltatune.core.site import Anatomy, Site
+from deltatune.core.ports import BUILDERS, PORTS, Built, Edit, Port, Setting, Tensors, each
+from deltatune.core.site import Anatomy, Part, Site
 from deltatune.errors import DeltaTuneError
 
 NAME = "deltatune_"
@@ -37,6 +38,39 @@ class HeadsPort(Port):
         return K[None], V[None]
 
 
+class QueriesPort(Port):
+    """heads: o -> o + method.attend(p, scaled q, project), with the backbone's own projections to keys and values."""
+
+    def __init__(self, placement: Placement, tensors: Tensors, lookup: Lookup, keys: Projection, values: Projection):
+        super().__init__(placement.site, placement.method, tensors)
+        self.lookup, self.keys, self.values = lookup, keys, values
+
+    def extra(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
+        """Put nothing in front of the text."""
+
+    def added(self, query: Tensor, scaling: float | None) -> Tensor:
+        """Return what is added to the attention's output [batch, length, heads, head width]."""
+        q = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+        def project(states: Tensor) -> tuple[Tensor, Tensor]:
+            return self.keys(states, query), self.values(states, query)
+
+        return self.method.attend(self.tensors(query.dtype), q, project).transpose(1, 2)
+
+
+class Projection:
+    """The backbone's projection to keys or to values, for states that are not in the text."""
+
+    def __init__(self, module: nn.Module, part: Part | None) -> None:
+        self.module, self.part = module, part
+
+    def __call__(self, states: Tensor, like: Tensor) -> Tensor:
+        """Return states [n, d] as heads [heads, n, width], as many and as wide as those of the queries `like`."""
+        y = self.module(states)
+        heads = (y if self.part is None else self.part.take(y, -1)).unflatten(-1, (-1, like.shape[-1])).transpose(0, 1)
+        return heads.repeat_interleave(like.shape[1] // heads.shape[0], 0)
+
+
 def extend(base: Callable[..., Any]) -> Callable[..., Any]:
     """Return the attention function `base` with the ports' keys and values in front of the batch's own."""
 
@@ -45,14 +79,25 @@ def extend(base: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         keys, values = _extras(module, key, value)
         if not keys:
-            return base(module, query, key, value, attention_mask, **kwargs)
+            return _answered(module, query, base(module, query, key, value, attention_mask, **kwargs), kwargs)
         length = sum(K.shape[2] for K in keys)
         mask = _mask(module, query, key, attention_mask, length)
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = F.pad(kwargs["position_bias"], (length, 0))
-        return base(module, query, torch.cat([*keys, key], 2), torch.cat([*values, value], 2), mask, **kwargs)
+        y = base(module, query, torch.cat([*keys, key], 2), torch.cat([*values, value], 2), mask, **kwargs)
+        return _answered(module, query, y, kwargs)
 
     return attention
+
+
+def _answered(module: nn.Module, query: Tensor, y: tuple[Tensor, Any], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """Return the attention's output with what every port adds to it."""
+    mixed, *rest = y
+    if PORTS in module.__dict__:
+        for port in module.__dict__[PORTS].heads:
+            if isinstance(port, QueriesPort):
+                mixed = mixed + port.added(query, kwargs.get("scaling"))
+    return mixed, *rest
 
 
 def _extras(module: nn.Module, key: Tensor, value: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -124,9 +169,7 @@ class Lookup:
         register(self.source, self.implementation)
 
 
-def _heads(
-    model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors
-) -> tuple[list[Edit], list[Setting]]:
+def _heads(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> Built:
     module = model.get_submodule(placement.site.path)
     lookup = Lookup(module)
     edits = [Edit(module, "heads", HeadsPort(placement.site, placement.method, tensors, lookup))]
@@ -137,4 +180,20 @@ def _heads(
     return edits, [lookup.setting()]
 
 
-BUILDERS["heads"] = _heads
+def _queries(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> Built:
+    site = placement.site
+    own = [p for p in anatomy.places if (p.stack, p.layer) == (site.stack, site.layer)]
+    found = {p.role: Projection(model.get_submodule(p.path), p.part) for p in own}
+    keys, values = found.get(f"{site.role}.k"), found.get(f"{site.role}.v")
+    if keys is None or values is None:
+        raise DeltaTuneError(
+            f"{placement.method} needs the projections to keys and values of {site.path!r}, which are not known; "
+            f"write a where with the role attn, as {placement.method.where!r}."
+        )
+    module = model.get_submodule(site.path)
+    lookup = Lookup(module)
+    return [Edit(module, "heads", QueriesPort(placement, tensors, lookup, keys, values))], [lookup.setting()]
+
+
+BUILDERS["heads"] = each(_heads)
+BUILDERS["queries"] = each(_queries)

@@ -21,7 +21,7 @@ from deltatune.backbones.attention import Lookup
 from deltatune.backbones.insert import insert, remove, starts
 from deltatune.backbones.reader import Call, RowPositions, argument_names, by_name, reader
 from deltatune.core.delta import Placement
-from deltatune.core.ports import BUILDERS, PORTS, Edit, Port, Setting, Tensors
+from deltatune.core.ports import BUILDERS, PORTS, Built, Edit, Port, Tensors, each
 from deltatune.core.site import Anatomy, Stack
 from deltatune.errors import DeltaTuneError
 
@@ -166,9 +166,7 @@ class CrossMask:
         return (), given
 
 
-def _tokens(
-    model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors
-) -> tuple[list[Edit], list[Setting]]:
+def _tokens(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> Built:
     stack = anatomy.stack(placement.site.stack)
     module = reader(model, stack)
     prompt = Prompt(placement, tensors, stack, model)
@@ -182,7 +180,7 @@ def _tokens(
     return [Edit(module, "pre", port), Edit(over, "pre", CrossMask(prompt, argument_names(over), stack.prompt_at))], []
 
 
-def _causal(model: nn.Module, anatomy: Anatomy, prompt: Prompt, module: nn.Module) -> tuple[list[Edit], list[Setting]]:
+def _causal(model: nn.Module, anatomy: Anatomy, prompt: Prompt, module: nn.Module) -> Built:
     if prompt.stack.positions == "bias" or any(place.role == "cross" for place in anatomy.places):
         raise DeltaTuneError(
             f"{prompt.method} on the decoder of this {anatomy.family} is not supported;"
@@ -200,4 +198,4 @@ def _causal(model: nn.Module, anatomy: Anatomy, prompt: Prompt, module: nn.Modul
     return edits, settings
 
 
-BUILDERS["tokens"] = _tokens
+BUILDERS["tokens"] = each(_tokens)

@@ -11,42 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from deltatune.core.leaf import Given, Init, Leaf, Shape
+from deltatune.core.leaf import Init, Leaf
 from deltatune.core.method import OnTokens
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
-
-
-@dataclass(frozen=True)
-class Vocabulary(Init):
-    """Rows drawn at random from the first `most` rows of the vocabulary, the most frequent ones in most tokenizers."""
-
-    most: int = 5000
-
-    def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
-        table = given.tensors["weight"]
-        rows = torch.randint(0, min(self.most, table.shape[0]), (shape[0],), generator=generator)
-        return table[rows.to(table.device)].detach().to("cpu", torch.float32)
-
-
-@dataclass(frozen=True)
-class Text(Init):
-    """The embeddings of a text, repeated or cut to the length of the prompt; needs the backbone's tokenizer as evidence."""
-
-    text: str
-
-    needs = frozenset({"tokenizer"})
-
-    def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
-        ids = given.evidence["tokenizer"](self.text, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise DeltaTuneError(f"the tokenizer makes no token of {self.text!r}; write a text with words.")
-        table = given.tensors["weight"]
-        rows = torch.tensor([ids[i % len(ids)] for i in range(shape[0])])
-        return table[rows.to(table.device)].detach().to("cpu", torch.float32)
+from deltatune.methods._prompts import Vocabulary
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,25 @@
 
     W' = W + (alpha / rank) B A        A: [rank, d_in]   B: [d_out, rank]
 
-A starts uniform (Kaiming), B starts at zero, so the delta starts neutral. Parameters: rank (d_in + d_out) a site.
+A starts uniform (Kaiming), B starts at zero, so the delta starts neutral; `init` takes any other initialiser of A, or a
+start of both factors such as `PiSSA()`. Parameters: rank (d_in + d_out) a site.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 from torch import Tensor
 
-from deltatune.core.leaf import Init, KaimingUniform, Leaf, Zeros
-from deltatune.core.method import Base, OnLinear
+from deltatune.core.leaf import Init, KaimingUniform, Leaf
+from deltatune.core.method import Base, Law, OnLinear
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
+from deltatune.methods._low_rank import changed, routed
+from deltatune.methods._sizes import check_rank
+from deltatune.methods._starts import LoRAPlus, Start, as_start
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class LoRA(OnLinear):
 
     rank: int = 8
     alpha: float = 16.0
-    init: Init = KaimingUniform()
+    init: Start | Init = KaimingUniform()
 
     where = "{attn.{q,v},cross.{q,v}?}"
 
@@ -32,15 +37,30 @@ class LoRA(OnLinear):
         if self.rank < 1:
             raise DeltaTuneError(f"LoRA(rank={self.rank}) has no rank; write a rank of at least 1.")
 
+    @property
+    def breaks(self) -> dict[Law, str]:  # type: ignore[override]
+        """The laws that the start breaks."""
+        return as_start(self.init).breaks
+
     def leaves(self, site: Site) -> dict[str, Leaf]:
-        if self.rank > min(site.d_in, site.d_out):
-            raise DeltaTuneError(
-                f"LoRA(rank={self.rank}) exceeds the dimensions of {site.path!r}: {site.d_out} x {site.d_in}."
-            )
-        return {"A": Leaf((self.rank, site.d_in), self.init), "B": Leaf((site.d_out, self.rank), Zeros())}
+        check_rank(self, self.rank, site)
+        return as_start(self.init).leaves(site, self.rank, self.alpha / self.rank)
+
+    def unfold(self, p: Any) -> Any:
+        return as_start(self.init).unfold(p)
 
     def weight(self, p: Any, W: Tensor) -> Tensor:
-        return W + (self.alpha / self.rank) * (p.B @ p.A).to(W.dtype)
+        return changed(W, p.A, p.B, self.alpha / self.rank)
 
     def output(self, p: Any, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        return y + (x.to(y.dtype) @ p.A.mT @ p.B.mT) * (self.alpha / self.rank)
+        return routed(x, y, p.A, p.B, self.alpha / self.rank)
+
+
+def rslora(rank: int = 8, alpha: float = 16.0, init: Start | Init = LoRA.init) -> LoRA:
+    """LoRA at the scale alpha / sqrt(rank), at which the change does not shrink with the rank (Kalajdzievski, 2023, arXiv:2312.03732)."""
+    return LoRA(rank, alpha * sqrt(rank), init)
+
+
+def loraplus(rank: int = 8, alpha: float = 16.0, ratio: float = 16.0) -> LoRA:
+    """LoRA whose B learns `ratio` times as fast as its A (Hayou et al., 2024, arXiv:2402.12354)."""
+    return LoRA(rank, alpha, LoRAPlus(ratio))

@@ -3,7 +3,7 @@
     f'(x) = f(x) + b        b: [d_out]
 
 at every linear and every norm, whether the backbone has a bias there or not (T5 and Llama have none). b starts at zero,
-so the delta starts neutral. Parameters: 7 d + d_ff a layer (Ding et al., 2022, table 1).
+so the delta starts neutral. Parameters: 7 d + d_ff a layer (Ding et al., 2022, table 1); `bitfit_subset()`: d + d_ff.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from deltatune.core.delta import Delta
 from deltatune.core.leaf import Leaf
 from deltatune.core.method import Base, OnLinear
 from deltatune.core.site import Site
@@ -33,3 +34,8 @@ class BitFit(OnLinear):
 
     def output(self, p: Any, x: Tensor, y: Tensor, base: Base) -> Tensor:
         return y + p.b
+
+
+def bitfit_subset() -> Delta:
+    """Half of BitFit, nearly as good: the biases of the queries and of the FFN's first layer (Ben Zaken et al., 2022, section 4)."""
+    return BitFit().at("{attn.q,ffn.up}")

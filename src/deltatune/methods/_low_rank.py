@@ -1,0 +1,28 @@
+"""Low-rank changes: a weight plus a product of two factors, written down in full and by its cheap road."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def changed(W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    """Return W + scale B A for A [r, d_in] and B [d_out, r]."""
+    return W + scale * (B @ A).to(W.dtype)
+
+
+def routed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    """Return y + scale (x A^T) B^T, which needs no matrix of the weight's size."""
+    return y + (x.to(y.dtype) @ A.mT @ B.mT) * scale
+
+
+def largest(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the `rank` largest singular triplets of M [m, n]: U [m, rank], S [rank] and V^T [rank, n]."""
+    U, S, Vt = torch.linalg.svd(M, full_matrices=False)
+    return U[:, :rank], S[:rank], Vt[:rank]
+
+
+def halves(U: Tensor, S: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A = sqrt(S) V^T and B = U sqrt(S), so that B A = U S V^T and neither factor outweighs the other."""
+    root = S.sqrt()
+    return root[:, None] * Vt, U * root

@@ -1,0 +1,67 @@
+"""HyperFormer: adapters whose weights a shared network makes, task by task and site by site (Karimi Mahabadi et al., 2021,
+arXiv:2106.04489).
+
+    I = relu([z_task, l] H_1^T + h_1) H_2^T + h_2        z: [tasks, e]   l: [e]   H_1: [hidden, 2 e]   H_2: [e, hidden]
+    D = reshape(I G_D^T), U = reshape(I G_U^T)           G_D: [size d, e]   G_U: [d size, e]
+    h' = h + f(h D^T) U^T
+
+All but the site's embedding l, which stands for the paper's layer and position, is shared by all sites; they have one
+width. z and l start N(0, 1), H_1, H_2 and G_D uniform (Kaiming), G_U at zero, so the delta starts neutral. `task` says
+whose adapters act, and `of_task` changes it. The layer norms that the paper generates too are left out. Parameters: e a
+site, and tasks e + hidden (3 e + 1) + e + 2 d size e.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from deltatune.core.leaf import KaimingUniform, Leaf, Normal
+from deltatune.core.method import Bag, OnStream
+from deltatune.core.site import Site
+from deltatune.errors import DeltaTuneError
+from deltatune.methods._sizes import check_least
+
+
+@dataclass(frozen=True)
+class HyperFormer(OnStream):
+    """Generated adapters: h' = h + f(h D^T) U^T, D and U made of the task's and the site's embedding (Karimi Mahabadi et al., 2021)."""
+
+    size: int = 24
+    embedding: int = 64
+    hidden: int = 128
+    tasks: int = 1
+    task: int = 0
+
+    where = "{attn.o,cross.o?,ffn.down}:out"
+
+    def __post_init__(self) -> None:
+        check_least(self, size=self.size, embedding=self.embedding, hidden=self.hidden, tasks=self.tasks)
+        if not 0 <= self.task < self.tasks:
+            raise DeltaTuneError(
+                f"HyperFormer(tasks={self.tasks}) has no task {self.task}; write one of 0 to {self.tasks - 1}."
+            )
+
+    def leaves(self, site: Site) -> dict[str, Leaf]:
+        e, size = self.embedding, site.width * self.size
+        shared = {
+            "z": Leaf((self.tasks, e), Normal(1.0), scope="delta"),
+            "H1": Leaf((self.hidden, 2 * e), KaimingUniform(), scope="delta"),
+            "h1": Leaf((self.hidden,), scope="delta"),
+            "H2": Leaf((e, self.hidden), KaimingUniform(), scope="delta"),
+            "h2": Leaf((e,), scope="delta"),
+            "GD": Leaf((size, e), KaimingUniform(), scope="delta"),
+            "GU": Leaf((size, e), scope="delta"),
+        }
+        return {**shared, "l": Leaf((e,), Normal(1.0))}
+
+    def unfold(self, p: Any) -> Any:
+        source = F.pad(p.z[self.task], (0, self.embedding)) + F.pad(p.l, (self.embedding, 0))
+        code = F.linear(F.relu(F.linear(source, p.H1, p.h1)), p.H2, p.h2)
+        return Bag({"D": (p.GD @ code).unflatten(0, (self.size, -1)), "U": (p.GU @ code).unflatten(0, (-1, self.size))})
+
+    def stream(self, p: Any, h: Tensor) -> Tensor:
+        return h + F.linear(F.gelu(F.linear(h, p.D)), p.U)

@@ -1,0 +1,45 @@
+"""(IA)^3: keys, values and the FFN's inner activations are rescaled (Liu et al., 2022, arXiv:2205.05638).
+
+    at a module's output:  y' = l * y             W' = l W,   b' = l * b     l: [d_out, 1]
+    at a module's input:   y' = W (l * x) + b     W' = W * l                 l: [1, d_in]
+
+The where's side says which. l starts at one, so the delta starts neutral. Parameters: d_out a site at outputs, d_in at
+inputs; 2 d_kv + d_ff a layer at the default place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from deltatune.core.leaf import Leaf, Ones
+from deltatune.core.method import Base, OnLinear
+from deltatune.core.site import Site
+
+
+@dataclass(frozen=True)
+class IA3(OnLinear):
+    """(IA)^3: y' = l * y at outputs, y' = W (l * x) + b at inputs (Liu et al., 2022)."""
+
+    where = "{{attn.{k,v},cross.{k,v}?}:out,ffn.down:in}"
+
+    def leaves(self, site: Site) -> dict[str, Leaf]:
+        return {"l": Leaf((1, site.d_in) if site.side == "in" else (site.d_out, 1), Ones())}
+
+    def weight(self, p: Any, W: Tensor) -> Tensor:
+        return W * p.l.to(W.dtype)
+
+    def bias(self, p: Any, b: Tensor | None) -> Tensor | None:
+        return b if b is None or _at_input(p) else b * p.l.flatten().to(b.dtype)
+
+    def output(self, p: Any, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        if _at_input(p):
+            return F.linear(x.to(y.dtype) * p.l.flatten(), base.weight.to(y.dtype), base.bias)
+        return y * p.l.flatten()
+
+
+def _at_input(p: Any) -> bool:
+    return p.l.shape[-1] > 1
