@@ -78,7 +78,7 @@ def test_a_table_knows_the_family_and_every_path_exists(name: str) -> None:
 @family
 def test_every_expected_role_has_a_place_in_every_block(name: str) -> None:
     found = anatomy(tiny.FAMILIES[name]())
-    expected = EVERYWHERE | ({"ffn.gate"} if name in GATED else set()) | (set() if name in NO_FFN_MODULE else {"ffn"})
+    expected = EVERYWHERE | {"ffn"} | ({"ffn.gate"} if name in GATED else set())
     if name in TWO_STACKS:
         expected |= {"cross", "cross.q", "cross.k", "cross.v", "cross.o"}
     assert {place.role for place in found.places} == expected
@@ -232,8 +232,21 @@ def test_grouped_query_widths_reach_the_sites() -> None:
 @pytest.mark.parametrize("name", ["bert", "opt"])
 def test_a_role_that_the_family_lacks_is_an_error_that_lists_its_roles(name: str) -> None:
     model = tiny.FAMILIES[name]()
-    with pytest.raises(DeltaTuneError, match=r"'ffn' .*matches nothing .*attn\.q"):
-        select(model, "ffn", anatomy(model))
+    with pytest.raises(DeltaTuneError, match=r"'ffn.gate' .*matches nothing .*attn\.q"):
+        select(model, "ffn.gate", anatomy(model))
+
+
+@family
+def test_a_sublayer_that_is_no_module_is_a_span_from_its_first_linear_to_its_last(name: str) -> None:
+    found = anatomy(tiny.FAMILIES[name]())
+    ffn, up, down = (places(found, role) for role in ("ffn", "ffn.up", "ffn.down"))
+    if name in NO_FFN_MODULE:
+        assert [(p.path, p.exit) for p in ffn] == [(a.path, b.path) for a, b in zip(up, down, strict=True)]
+    else:
+        assert all(p.exit is None and d.path.startswith(f"{p.path}.") for p, d in zip(ffn, down, strict=True))
+    for attention, last in zip(places(found, "attn"), places(found, "attn.o"), strict=True):
+        assert (attention.exit or last.path) == last.path
+        assert (attention.exit is None) == last.path.startswith(f"{attention.path}.")
 
 
 def test_bert_as_a_decoder_is_causal_and_has_cross_attention() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from deltatune.backbones.infer import infer
 from deltatune.backbones.infer_block import Linear, attentions, block_roles
 from deltatune.backbones.resolve import resolve
+from deltatune.backbones.sublayers import with_spans
 from deltatune.core.site import Anatomy, Heads, Part, Place
 from tests import tiny
 
@@ -28,7 +30,8 @@ UNDECIDED = {"phi3": {"attn.q", "attn.k", "attn.v", "ffn.gate", "ffn.up"}}
 
 
 def inferred(model: nn.Module) -> Anatomy | None:
-    return infer(dict(model.named_modules(remove_duplicate=False)), "")
+    found = infer(dict(model.named_modules(remove_duplicate=False)), "")
+    return found and replace(found, places=with_spans(found.places))
 
 
 def build(name: str, head: str = "ForCausalLM", **config: Any) -> nn.Module:
@@ -123,7 +126,10 @@ def test_a_model_without_attention_still_has_blocks_norms_and_ends() -> None:
 
 
 def test_a_module_that_holds_the_attention_too_is_not_the_feed_forward() -> None:
-    assert "ffn" not in roles(resolve(build("Albert", "ForMaskedLM", **SMALL, embedding_size=16)))
+    found = resolve(build("Albert", "ForMaskedLM", **SMALL, embedding_size=16))
+    assert found
+    ends = [(p.path.rpartition(".")[2], (p.exit or "").rpartition(".")[2]) for p in found.places if p.role == "ffn"]
+    assert ends == [("ffn", "ffn_output")]
 
 
 def test_lists_of_lists_are_not_blocks() -> None:

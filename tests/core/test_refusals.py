@@ -10,7 +10,7 @@ from torch import nn
 
 import deltatune as dt
 from tests import tiny
-from tests.laws.cases import BACKBONES, busy, cases, delta_of, output
+from tests.laws.cases import BACKBONES, busy, cases, delta_of, fresh, output
 
 PLACE = "path:blocks.*.first"
 
@@ -201,6 +201,6 @@ def test_an_overflow_in_merging_changes_nothing():
 @pytest.mark.parametrize(("method", "name"), cases("plain"))  # transformers models refuse it by themselves
 def test_a_batch_without_rows_keeps_its_shape(method, name):
     model = BACKBONES[name]()
-    with dt.attach(model, busy(dt.init(delta_of(method, name), model))):
+    with dt.attach(model, busy(fresh(delta_of(method, name), model))):
         for rows, length in [(0, 7), (2, 0)]:
             assert model(torch.zeros(rows, length, dtype=torch.long)).shape == (rows, length, tiny.VOCABULARY)

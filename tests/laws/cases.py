@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import deltatune as dt
 from deltatune.core.method import Method, registry
+from deltatune.core.site import Site
 from tests import tiny
 
 dt.LoRA  # noqa: B018  (defines the methods and the anatomies)
@@ -22,7 +23,14 @@ CAUSAL = ("llama", "gpt2")
 GENERATING = ("llama", "gpt2", "t5")
 # One method of each interface is checked on every backbone; the others each on two of them, chosen by their name.
 EVERYWHERE = ("LoRA", "Adapter", "ParallelAdapter", "BitFit", "Full", "PrefixTuning", "PromptTuning")
-SMALL = {"length": 5, "rank": 4, "dim": 40, "block": 8, "group": 8, "entries": 50}  # what defaults are made smaller to, so that they fit the tiny backbones
+SMALL = {
+    "length": 5,
+    "rank": 4,
+    "dim": 40,
+    "block": 8,
+    "group": 8,
+    "entries": 50,
+}  # what defaults are made smaller to, so that they fit the tiny backbones
 
 
 def examples() -> dict[str, Method]:
@@ -37,7 +45,10 @@ def _has_default(field: Field) -> bool:
 
 def _small(method: type[Method]) -> Method:
     default = method()
-    return replace(default, **{n: min(size, vars(default)[n]) for n, size in SMALL.items() if isinstance(vars(default).get(n), int)})  # type: ignore[type-var]
+    return replace(
+        default,
+        **{n: min(size, vars(default)[n]) for n, size in SMALL.items() if isinstance(vars(default).get(n), int)},
+    )  # type: ignore[type-var]
 
 
 COMBINED: dict[str, Method] = {
@@ -51,6 +62,8 @@ COMBINED: dict[str, Method] = {
     "Fuse(LoRAs)": dt.Fuse((dt.LoRA(rank=4), dt.LoRA(rank=2)), size=8, frozen=True),
     "Mixture(LoRAs)": dt.Mixture((dt.LoRA(rank=4), dt.LoRA(rank=2)), top=1),
     "Average(LoRA, BitFit)": dt.Average((dt.LoRA(rank=4), dt.BitFit())),
+    "Reparam(PromptTuning, LSTMEncoder)": dt.Reparam(dt.PromptTuning(length=5), dt.LSTMEncoder(hidden=8)),
+    "AtPositions(LoReFT)": dt.AtPositions(dt.LoReFT(), first=4),
     "Stack(Adapters)": dt.Stack((dt.Adapter(size=8), dt.Adapter(size=4))),
 }
 METHODS = examples()
@@ -98,7 +111,10 @@ def _loss(y: Any) -> Tensor:
 
 def plain_place(method: Method) -> str:
     """Return where a method goes in the plain model: its linears, or what it can act on instead."""
-    places = {"linear": PLAIN_PLACE, "norm": "path:blocks.*.scale", "embedding": "path:table"}
+    probe = Site(role="path", path="", kind="linear", d_in=tiny.WIDTH, d_out=tiny.FFN)
+    shared = "linear" in method.kinds and any(leaf.scope == "delta" for leaf in method.leaves(probe).values())
+    linears = "path:blocks.*.first" if shared else PLAIN_PLACE  # what sites share has one width
+    places = {"linear": linears, "norm": "path:blocks.*.scale", "embedding": "path:table"}
     return next(place for kind, place in places.items() if kind in method.kinds)
 
 

@@ -172,12 +172,17 @@ class Lookup:
 def _heads(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> Built:
     module = model.get_submodule(placement.site.path)
     lookup = Lookup(module)
-    edits = [Edit(module, "heads", HeadsPort(placement.site, placement.method, tensors, lookup))]
+    edit = Edit(module, "heads", HeadsPort(placement.site, placement.method, tensors, lookup))
+    return [edit, *_row_positions(model, anatomy, placement)], [lookup.setting()]
+
+
+def _row_positions(model: nn.Module, anatomy: Anatomy, placement: Placement) -> list[Edit]:
+    """Return what makes rotary queries turn with their place in the row, as keys at a fixed position need it."""
     stack = anatomy.stack(placement.site.stack)
-    if stack.positions == "rotary":
-        over = reader(model, stack)
-        edits.append(Edit(over, "pre", RowPositions(argument_names(over), placement.method)))
-    return edits, [lookup.setting()]
+    if stack.positions != "rotary":
+        return []
+    over = reader(model, stack)
+    return [Edit(over, "pre", RowPositions(argument_names(over), placement.method))]
 
 
 def _queries(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> Built:
@@ -192,7 +197,8 @@ def _queries(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: 
         )
     module = model.get_submodule(site.path)
     lookup = Lookup(module)
-    return [Edit(module, "heads", QueriesPort(placement, tensors, lookup, keys, values))], [lookup.setting()]
+    edit = Edit(module, "heads", QueriesPort(placement, tensors, lookup, keys, values))
+    return [edit, *_row_positions(model, anatomy, placement)], [lookup.setting()]
 
 
 BUILDERS["heads"] = each(_heads)

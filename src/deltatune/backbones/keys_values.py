@@ -34,7 +34,9 @@ def keys_values(model: nn.Module, ids: Sequence[int]) -> dict[str, Tensor]:
     over = reader(model, stack)
     device = next(over.parameters()).device
     positions = torch.arange(first, first + len(ids), device=device)[None]
-    cache = over(input_ids=torch.tensor([list(ids)], device=device), position_ids=positions, use_cache=True).past_key_values
+    cache = over(
+        input_ids=torch.tensor([list(ids)], device=device), position_ids=positions, use_cache=True
+    ).past_key_values
     found = {}
     for place in parts.places:
         if place.role == "attn" and place.stack == stack.name and place.layer is not None:

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from deltatune.core.leaf import Leaf
 from deltatune.core.method import Method
@@ -132,30 +132,26 @@ def _sites(model: nn.Module, term: Term, parts: Anatomy) -> list[Site]:
 
 
 def _tensors(model: nn.Module, sites: list[Site]) -> list[Site]:
-    """Replace each site by one site for every parameter in it; a tied parameter is one site with ties."""
+    """Replace each site by one site for every parameter in it, with its ties: all other places that hold the parameter."""
+    modules = {p: m for p, m in model.named_modules(remove_duplicate=False) if p.split(".")[0] != "deltas"}
+    owners: dict[int, list[tuple[str, str]]] = {}
+    for path, module in modules.items():
+        for name, tensor in module.named_parameters(recurse=False):
+            owners.setdefault(id(tensor), []).append((path, name))
     found: dict[int, Site] = {}
     for site in sites:
         if site.part:
             raise DeltaTuneError(
                 f"{site.role} is packed with other roles in {site.path!r}; name the whole module by path:{site.path}."
             )
-        for outer in [site.path] if site.exit is None else [site.path, site.exit]:
-            _add_tensors(found, replace(site, exit=None), model, outer)
+        inside = tuple(f"{end}." if end else "" for end in (site.path, site.exit) if end is not None)
+        for path, module in modules.items():
+            if f"{path}.".startswith(inside):
+                for name, tensor in module.named_parameters(recurse=False):
+                    ties = tuple(place for place in owners[id(tensor)] if place != (path, name))
+                    own = replace(site, path=path, exit=None, tensor=name, shape=tuple(tensor.shape), ties=ties)
+                    found.setdefault(id(tensor), own)
     return list(found.values())
-
-
-def _add_tensors(found: dict[int, Site], site: Site, model: nn.Module, outer: str) -> None:
-    for path, module in model.get_submodule(outer).named_modules(prefix=outer, remove_duplicate=False):
-        for name, tensor in module.named_parameters(recurse=False):
-            if path.split(".")[0] != "deltas":
-                _add_tensor(found, replace(site, path=path, tensor=name, shape=tuple(tensor.shape)), tensor)
-
-
-def _add_tensor(found: dict[int, Site], site: Site, tensor: Tensor) -> None:
-    first = found.setdefault(id(tensor), site)
-    tie = (site.path, site.tensor or "")
-    if tie != (first.path, first.tensor) and tie not in first.ties:
-        found[id(tensor)] = replace(first, ties=(*first.ties, tie))
 
 
 def _check_shared(placements: list[Placement]) -> None:

@@ -19,6 +19,7 @@ from deltatune.core.method import Method
 from deltatune.errors import DeltaTuneError
 
 GRADIENTS, INPUTS = ("fisher", "gradient"), "inputs"
+MEASURED = frozenset({*GRADIENTS, INPUTS})
 
 
 def needs(model: nn.Module, delta: Delta | Method) -> frozenset[str]:
@@ -48,8 +49,8 @@ def evidence(
             count += 1
             with torch.set_grad_enabled(bool(parameters)):
                 output = model(**row)
-            if parameters:
-                _add(sums, parameters, loss(output))
+                if parameters:
+                    _add(sums, parameters, loss(output))
     if not count:
         raise DeltaTuneError("there are no rows to measure evidence on; give batches of one row with labels.")
     found = {kind: {name: (t / count).cpu() for name, t in by_name.items()} for kind, by_name in sums.items()}

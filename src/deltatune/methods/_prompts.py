@@ -41,3 +41,18 @@ class Text(Init):
         if not ids:
             raise DeltaTuneError(f"the tokenizer makes no token of {self.text!r}; write a text with words.")
         return rows(given, torch.tensor([ids[i % len(ids)] for i in range(shape[0])]))
+
+
+@dataclass(frozen=True)
+class Tokens(Init):
+    """The embeddings of the tokens `ids`."""
+
+    ids: tuple[int, ...]
+
+    def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
+        size = given.tensors["weight"].shape[0]
+        if max(self.ids) >= size:
+            raise DeltaTuneError(
+                f"there is no token {max(self.ids)} in this vocabulary of {size}; was it another tokenizer?"
+            )
+        return rows(given, torch.tensor(self.ids))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,16 +13,19 @@ from typing import Any
 import torch
 
 from deltatune.backbones import Backbone, load
+from deltatune.core.delta import Delta
+from deltatune.core.evidence import MEASURED, evidence, needs
 from deltatune.errors import DeltaTuneError
 from deltatune.files import read_json, write_json, write_text
 from deltatune.tasks import Example, score, task
 from deltatune.tuning.answers import answer, majority, make_questions, make_rows
 from deltatune.tuning.checkpoint import remove_checkpoint
-from deltatune.tuning.encode import Codec
+from deltatune.tuning.encode import Codec, collate
 from deltatune.tuning.environment import environment
 from deltatune.tuning.loop import LOG, Loop, OnStep, Progress, compute
 from deltatune.tuning.recipe import Run
 
+EVIDENCE = 128  # training examples that data-dependent starts look at
 RUN, RESULT, FAILURE, PREDICTIONS = "run.json", "result.json", "failure.json", "predictions.jsonl"
 
 
@@ -60,9 +64,8 @@ class _Session:
         self.task = task(run.task)
         self.codec = Codec(self.backbone, self.recipe.max_input, self.recipe.max_target)
         self.device = to_device(self.backbone)
-        weights = dt.init(
-            dt.parse(run.delta), self.backbone.model, run.seed, evidence={"tokenizer": self.backbone.tokenizer}
-        )
+        delta = dt.parse(run.delta)
+        weights = dt.init(delta, self.backbone.model, run.seed, evidence=self._evidence(delta))
         self.count = weights.count
         self.attachment = dt.attach(self.backbone.model, weights)
 
@@ -100,6 +103,22 @@ class _Session:
             "environment": environment(),
         }
 
+    def _evidence(self, delta: Delta) -> dict[str, Any]:
+        """Return what the delta's initialisers look at, measured on a random few of the training examples."""
+        found: dict[str, Any] = {"tokenizer": self.backbone.tokenizer}
+        if needs(self.backbone.model, delta) & MEASURED:
+            examples = self._examples()
+            some = random.Random(self.run.seed).sample(examples, min(EVIDENCE, len(examples)))
+            rows = make_rows(self.codec, self.task, some)
+            batches = (collate([row], self.codec.pad, self.device) for row in rows)
+            found |= evidence(self.backbone.model, delta, batches)
+        return found
+
+    def _examples(self) -> list[Example]:
+        """Return the examples to train on."""
+        shots = self.recipe.shots
+        return self.task.few_shot(shots, self.run.seed) if shots else self.task.split("train")
+
     def _test(self) -> dict[str, float | None]:
         """Answer the test split, write the predictions, and return their score and that of the commonest class."""
         examples = self.task.split("test")[: self.recipe.test_limit or None]
@@ -111,8 +130,7 @@ class _Session:
         if not self.count:
             return Progress(), "steps"
         recipe, run = self.recipe, self.run
-        train = self.task.few_shot(recipe.shots, run.seed) if recipe.shots else self.task.split("train")
-        rows = make_rows(self.codec, self.task, train)
+        rows = make_rows(self.codec, self.task, self._examples())
         loop = Loop(self.attachment, rows, self.codec.pad, recipe, run.seed, self.folder, self._dev(), on_step)
         progress = loop.run()
         return progress, progress.finished(recipe) or "steps"

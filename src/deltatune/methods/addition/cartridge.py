@@ -34,7 +34,9 @@ class KeysValues(Init):
     def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
         known = given.evidence["keys_values"]
         if given.site.path not in known:
-            raise DeltaTuneError(f"the keys and values of {given.site.path!r} are not among those of {', '.join(known)}.")
+            raise DeltaTuneError(
+                f"the keys and values of {given.site.path!r} are not among those of {', '.join(known)}."
+            )
         own, end = known[given.site.path], self.start + shape[1]
         if own.shape[1] < end or own.shape[2] != shape[2]:
             raise DeltaTuneError(

@@ -17,28 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from deltatune.core.leaf import Given, Init, Leaf, Shape
+from deltatune.core.leaf import Leaf
 from deltatune.core.method import OnTokens
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
-from deltatune.methods._prompts import rows
+from deltatune.methods._prompts import Tokens
 
 KINDS = {"label": 0, "input template": 1, "input": 2, "output template": 3}
-
-
-@dataclass(frozen=True)
-class Tokens(Init):
-    """The embeddings of the tokens `ids`."""
-
-    ids: tuple[int, ...]
-
-    def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
-        size = given.tensors["weight"].shape[0]
-        if max(self.ids) >= size:
-            raise DeltaTuneError(f"there is no token {max(self.ids)} in this vocabulary of {size}; was it another tokenizer?")
-        return rows(given, torch.tensor(self.ids))
 
 
 @dataclass(frozen=True)
@@ -55,7 +42,9 @@ class CPT(OnTokens):
 
     def __post_init__(self) -> None:
         if not self.ids or min(self.ids) < 0:
-            raise DeltaTuneError(f"CPT(ids={self.ids}) has no context; write the ids of its tokens, or use cpt(tokenizer, parts).")
+            raise DeltaTuneError(
+                f"CPT(ids={self.ids}) has no context; write the ids of its tokens, or use cpt(tokenizer, parts)."
+            )
         if self.types and len(self.types) != len(self.ids):
             raise DeltaTuneError(f"CPT has {len(self.ids)} ids and {len(self.types)} types; write one for each token.")
         if min(self.epsilon, self.format_epsilon) <= 0:

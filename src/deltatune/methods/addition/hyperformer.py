@@ -5,10 +5,10 @@ arXiv:2106.04489).
     D = reshape(I G_D^T), U = reshape(I G_U^T)           G_D: [size d, e]   G_U: [d size, e]
     h' = h + f(h D^T) U^T
 
-All but the site's embedding l, which stands for the paper's layer and position, is shared by all sites; they have one
-width. z and l start N(0, 1), H_1, H_2 and G_D uniform (Kaiming), G_U at zero, so the delta starts neutral. `task` says
-whose adapters act, and `of_task` changes it. The layer norms that the paper generates too are left out. Parameters: e a
-site, and tasks e + hidden (3 e + 1) + e + 2 d size e.
+All but the site's embedding l, which stands for the paper's layer and position, is shared by all sites; sites of unlike
+widths have G_D and G_U of their own. z and l start N(0, 1), H_1, H_2 and G_D uniform (Kaiming), G_U at zero, so the delta
+starts neutral. `task` says whose adapters act, and `of_task` changes it. The layer norms that the paper generates too are
+left out. Parameters: e a site, and tasks e + hidden (3 e + 1) + e + 2 d size e for each width d.
 """
 
 from __future__ import annotations
@@ -53,15 +53,16 @@ class HyperFormer(OnStream):
             "h1": Leaf((self.hidden,), scope="delta"),
             "H2": Leaf((e, self.hidden), KaimingUniform(), scope="delta"),
             "h2": Leaf((e,), scope="delta"),
-            "GD": Leaf((size, e), KaimingUniform(), scope="delta"),
-            "GU": Leaf((size, e), scope="delta"),
+            f"GD{site.width}": Leaf((size, e), KaimingUniform(), scope="delta"),
+            f"GU{site.width}": Leaf((size, e), scope="delta"),
         }
         return {**shared, "l": Leaf((e,), Normal(1.0))}
 
     def unfold(self, p: Any) -> Any:
         source = F.pad(p.z[self.task], (0, self.embedding)) + F.pad(p.l, (self.embedding, 0))
         code = F.linear(F.relu(F.linear(source, p.H1, p.h1)), p.H2, p.h2)
-        return Bag({"D": (p.GD @ code).unflatten(0, (self.size, -1)), "U": (p.GU @ code).unflatten(0, (-1, self.size))})
+        GD, GU = (next(t for name, t in vars(p).items() if name.startswith(kind)) for kind in ("GD", "GU"))
+        return Bag({"D": (GD @ code).unflatten(0, (self.size, -1)), "U": (GU @ code).unflatten(0, (-1, self.size))})
 
     def stream(self, p: Any, h: Tensor) -> Tensor:
         return h + F.linear(F.gelu(F.linear(h, p.D)), p.U)

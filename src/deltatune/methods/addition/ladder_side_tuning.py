@@ -43,7 +43,9 @@ class LadderSideTuning(OnLadder):
     def __post_init__(self) -> None:
         check_least(self, reduction=self.reduction)
         if self.temperature <= 0:
-            raise DeltaTuneError(f"LadderSideTuning(temperature={self.temperature}) must be above 0; the paper has 0.1.")
+            raise DeltaTuneError(
+                f"LadderSideTuning(temperature={self.temperature}) must be above 0; the paper has 0.1."
+            )
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         m = site.d_out // self.reduction

@@ -30,7 +30,7 @@ class LoReFT(OnStream):
     rank: int = 4
 
     where = "block:out"
-    breaks = {**OnStream.breaks, "identity": "it starts by replacing the subspace's part of h by W h + b, as in the paper"}  # noqa: RUF012
+    breaks = {**OnStream.breaks, "identity": "its start replaces a part of h, as in the paper"}  # noqa: RUF012
 
     def __post_init__(self) -> None:
         check_least(self, rank=self.rank)

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from deltatune.core.delta import Delta
 from deltatune.core.leaf import Init, Leaf, Normal
-from deltatune.core.method import OnTokens
+from deltatune.core.method import Method, OnTokens
 from deltatune.core.site import Site
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
-from deltatune.methods._sizes import check_least
 from deltatune.methods._prompts import Vocabulary
+from deltatune.methods._sizes import check_least
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def of_task(weights: Weights, task: int) -> Weights:
     """
     if not any("task" in vars(term.method) for term in weights.delta.terms):
         raise DeltaTuneError(f"no method of {weights.delta} has tasks.")
-    terms = (
-        replace(term, method=replace(term.method, task=task)) if "task" in vars(term.method) else term
-        for term in weights.delta.terms
-    )
-    return replace(weights, delta=Delta(tuple(terms)))
+    return replace(weights, delta=Delta(tuple(replace(t, method=_read(t.method, task)) for t in weights.delta.terms)))
+
+
+def _read(method: Any, task: int) -> Method:
+    return replace(method, task=task) if "task" in vars(method) else method

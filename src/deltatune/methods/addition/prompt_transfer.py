@@ -65,5 +65,7 @@ def prompt_similarity(one: Weights, other: Weights) -> float:
     """Return the cosine of the mean tokens of two soft prompts, SPoT's measure of how alike their tasks are (Vu et al., 2022)."""
     P, Q = prompt_of(one), prompt_of(other)
     if P.shape[1] != Q.shape[1]:
-        raise DeltaTuneError(f"the prompts have the widths {P.shape[1]} and {Q.shape[1]}; compare those of one backbone.")
+        raise DeltaTuneError(
+            f"the prompts have the widths {P.shape[1]} and {Q.shape[1]}; compare those of one backbone."
+        )
     return F.cosine_similarity(P.float().mean(0), Q.float().mean(0), dim=0).item()

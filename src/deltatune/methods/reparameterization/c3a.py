@@ -44,6 +44,8 @@ class C3A(OnLinear):
         return W + (C.transpose(1, 2).reshape(W.shape) / W.shape[1]).to(W.dtype)
 
     def output(self, p: Any, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        if not x.numel():  # no Fourier transform of nothing either
+            return y
         wide = torch.promote_types(y.dtype, torch.float32)  # there is no Fourier transform of bfloat16
         blocks = torch.fft.rfft(x.to(wide).unflatten(-1, (-1, self.block)))
         mixed = torch.einsum("...nf,mnf->...mf", blocks, torch.fft.rfft(p.w.to(wide)).conj())
