@@ -23,6 +23,7 @@ CAUSAL = ("llama", "gpt2")
 GENERATING = ("llama", "gpt2", "t5")
 # One method of each interface is checked on every backbone; the others each on two of them, chosen by their name.
 EVERYWHERE = ("LoRA", "Adapter", "ParallelAdapter", "BitFit", "Full", "PrefixTuning", "PromptTuning")
+# What defaults are made smaller to, so that they fit the tiny backbones.
 SMALL = {
     "length": 5,
     "rank": 4,
@@ -111,7 +112,7 @@ def _loss(y: Any) -> Tensor:
 
 def plain_place(method: Method) -> str:
     """Return where a method goes in the plain model: its linears, or what it can act on instead."""
-    probe = Site(role="path", path="", kind="linear", d_in=tiny.WIDTH, d_out=tiny.FFN)
+    probe = Site(role="path", path="", kind="linear", d_in=tiny.WIDTH, d_out=tiny.FFN, shape=(tiny.FFN, tiny.WIDTH))
     shared = "linear" in method.kinds and any(leaf.scope == "delta" for leaf in method.leaves(probe).values())
     linears = "path:blocks.*.first" if shared else PLAIN_PLACE  # what sites share has one width
     places = {"linear": linears, "norm": "path:blocks.*.scale", "embedding": "path:table"}

@@ -24,6 +24,12 @@ def check_rank(method: Method, rank: int, site: Site) -> None:
         )
 
 
+def fitting(most: int, *widths: int, multiple: int = 1) -> int:
+    """Return the largest size up to `most`, a multiple of `multiple`, that divides all widths (`multiple` when none does)."""
+    sizes = range(most - most % multiple, 0, -multiple)
+    return next((size for size in sizes if all(width % size == 0 for width in widths)), multiple)
+
+
 def check_divides(method: Method, field: str, size: int, width: int, site: Site) -> None:
     """Raise `DeltaTuneError` when blocks of `size` do not tile a width, with the nearest sizes that do."""
     if width % size == 0:

@@ -5,7 +5,7 @@
     F(z) = relu(z F1^T + f1) F2^T + f2     F1: [c, d2]   F2: [d1, c]   (G alike), d1 + d2 = d, c = half of the input
 
 Both places share their tensors, and the second undoes the first (NICE: Dinh et al., 2015). F1 and G1 start N(0, 0.02^2),
-F2 and G2 at zero, so the delta starts neutral. Parameters for an even d, once: d^2 / 2 + 3 d / 2.
+F2 and G2 at zero, so the delta starts neutral. Parameters, once, for an even d: d^2 / 2 + 3 d / 2.
 """
 
 from __future__ import annotations

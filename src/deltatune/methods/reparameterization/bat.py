@@ -15,26 +15,31 @@ from torch import Tensor
 from deltatune.core.leaf import Leaf
 from deltatune.core.method import OnLinear
 from deltatune.core.site import Site
-from deltatune.methods._sizes import check_divides, check_least
+from deltatune.methods._sizes import check_divides, check_least, fitting
+
+
+LARGEST = 64  # the size that a block has by default where the widths allow it
 
 
 @dataclass(frozen=True)
 class Bat(OnLinear):
     """Block affine transformation: W'_ij = W_ij + W_ij M_i + M_i (Kang and Yin, 2024)."""
 
-    block: int = 64
+    block: int | None = None
 
     where = "{attn.{q,v},cross.{q,v}?}"
 
     def __post_init__(self) -> None:
-        check_least(self, block=self.block)
+        check_least(self, block=1 if self.block is None else self.block)
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
+        block = self.block or fitting(LARGEST, site.d_in, site.d_out)
         for width in (site.d_in, site.d_out):
-            check_divides(self, "block", self.block, width, site)
-        return {"M": Leaf((site.d_out // self.block, self.block, self.block))}
+            check_divides(self, "block", block, width, site)
+        return {"M": Leaf((site.d_out // block, block, block))}
 
     def weight(self, p: Any, W: Tensor) -> Tensor:
-        blocks = W.unflatten(1, (-1, self.block)).unflatten(0, (-1, self.block)).transpose(1, 2)  # [i, j, row, column]
+        block = p.M.shape[-1]
+        blocks = W.unflatten(1, (-1, block)).unflatten(0, (-1, block)).transpose(1, 2)  # [i, j, row, column]
         M = p.M.to(W.dtype)[:, None]
         return (blocks + blocks @ M + M).transpose(1, 2).flatten(2, 3).flatten(0, 1)

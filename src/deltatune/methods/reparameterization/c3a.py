@@ -18,28 +18,32 @@ from torch import Tensor
 from deltatune.core.leaf import Init, Leaf, Zeros
 from deltatune.core.method import Base, OnLinear
 from deltatune.core.site import Site
-from deltatune.methods._sizes import check_divides, check_least
+from deltatune.methods._sizes import check_divides, check_least, fitting
+
+
+LARGEST = 256  # the size that a block has by default where the widths allow it
 
 
 @dataclass(frozen=True)
 class C3A(OnLinear):
     """Circular convolution adaptation: W' = W + C / d_in, C block-circulant (Chen et al., 2025)."""
 
-    block: int = 256
+    block: int | None = None
     init: Init = Zeros()
 
     where = "{attn.{q,v},cross.{q,v}?}"
 
     def __post_init__(self) -> None:
-        check_least(self, block=self.block)
+        check_least(self, block=1 if self.block is None else self.block)
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
+        block = self.block or fitting(LARGEST, site.d_in, site.d_out)
         for width in (site.d_in, site.d_out):
-            check_divides(self, "block", self.block, width, site)
-        return {"w": Leaf((site.d_out // self.block, site.d_in // self.block, self.block), self.init)}
+            check_divides(self, "block", block, width, site)
+        return {"w": Leaf((site.d_out // block, site.d_in // block, block), self.init)}
 
     def weight(self, p: Any, W: Tensor) -> Tensor:
-        t = torch.arange(self.block, device=p.w.device)
+        t = torch.arange(p.w.shape[-1], device=p.w.device)
         C = p.w[..., (t - t[:, None]) % self.block]
         return W + (C.transpose(1, 2).reshape(W.shape) / W.shape[1]).to(W.dtype)
 
@@ -47,6 +51,6 @@ class C3A(OnLinear):
         if not x.numel():  # no Fourier transform of nothing either
             return y
         wide = torch.promote_types(y.dtype, torch.float32)  # there is no Fourier transform of bfloat16
-        blocks = torch.fft.rfft(x.to(wide).unflatten(-1, (-1, self.block)))
+        blocks = torch.fft.rfft(x.to(wide).unflatten(-1, (-1, p.w.shape[-1])))
         mixed = torch.einsum("...nf,mnf->...mf", blocks, torch.fft.rfft(p.w.to(wide)).conj())
-        return y + (torch.fft.irfft(mixed, n=self.block).flatten(-2) / x.shape[-1]).to(y.dtype)
+        return y + (torch.fft.irfft(mixed, n=p.w.shape[-1]).flatten(-2) / x.shape[-1]).to(y.dtype)

@@ -19,8 +19,9 @@ from deltatune.core.leaf import Leaf, Ones
 from deltatune.core.method import Base, OnLinear
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
-from deltatune.methods._sizes import check_divides, check_least
+from deltatune.methods._sizes import check_divides, check_least, fitting
 
+LARGEST = 64  # the size that a group has by default where the width allows it
 ROWS = {1: (1, 1), 2: (1, 2), 4: (2, 2)}  # (columns, rows) of each 2 x 2 matrix that have values of their own
 
 
@@ -29,19 +30,19 @@ class RoAd(OnLinear):
     """2D rotary adaptation: f'(x) = R f(x) with R scaled rotations in planes (Liao and Monz, 2024)."""
 
     variant: Literal[1, 2, 4] = 1
-    group: int = 64
+    group: int | None = None
 
     where = "{attn.{q,v},cross.{q,v}?}"
 
     def __post_init__(self) -> None:
-        check_least(self, 2, group=self.group)
+        check_least(self, 2, group=2 if self.group is None else self.group)
         if self.variant not in ROWS:
             raise DeltaTuneError(f"there is no RoAd(variant={self.variant}); write variant=1, 2 or 4.")
-        if self.group % 2:
+        if (self.group or 0) % 2:
             raise DeltaTuneError(f"RoAd(group={self.group}) leaves an output without a partner; write an even group.")
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
-        check_divides(self, "group", self.group, site.d_out, site)
+        check_divides(self, "group", self._size(site.d_out), site.d_out, site)
         size = (self.variant * site.d_out // 2,)
         return {"angle": Leaf(size), "scale": Leaf(size, Ones())}
 
@@ -54,8 +55,11 @@ class RoAd(OnLinear):
     def output(self, p: Any, x: Tensor, y: Tensor, base: Base) -> Tensor:
         return self._turned(p, y)
 
+    def _size(self, width: int) -> int:
+        return self.group or fitting(LARGEST, width, multiple=2)
+
     def _turned(self, p: Any, z: Tensor) -> Tensor:
-        half = self.group // 2
+        half = self._size(z.shape[-1]) // 2
         angle, scale = (
             leaf.to(z.dtype).view(-1, *ROWS[self.variant], half).expand(-1, 2, 2, half) for leaf in (p.angle, p.scale)
         )

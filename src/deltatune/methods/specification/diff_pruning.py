@@ -5,7 +5,7 @@
     penalty = cost sum_i sigmoid(alpha_i - log(-low / high))      the expected number of entries that change
 
 u ~ U(1e-4, 1 - 1e-4) is drawn anew at every training step; outside training u = 1/2, so the gate is deterministic.
-w starts at zero, so the delta starts neutral; alpha starts at 5 (gates open). Parameters in phase 1: 2 |theta|, and one
+w starts at zero, so the delta starts neutral; alpha starts at 5 (gates open). Parameters: 2 |theta| in phase 1, and one
 more a parameter tensor where `StructuredDiffPruning` adds a gate to each. Phase 2: `prune` keeps the largest share of
 all changes, and `FixedMask` trains these on: share |theta| parameters.
 """

@@ -1,4 +1,4 @@
-"""Super-Tuning: the entries of the largest magnitude are trained (2026, arXiv:2607.09287).
+"""Super-Tuning: the entries of the largest magnitude are trained (arXiv:2607.09287, 2026).
 
     W' = W + value at index        value, index: [k],   k = floor(share d_in d_out)
     index = the k largest |W|      (`entries=SmallestWeights()`: the paper's bottom variant)

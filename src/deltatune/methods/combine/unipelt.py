@@ -1,19 +1,10 @@
-"""Presets of methods together: MAM (He et al., 2022, arXiv:2110.04366) and UniPELT (Mao et al., 2022, arXiv:2110.07577)."""
+"""UniPELT: LoRA, adapters and a prefix together, each as much as the input asks for (Mao et al., 2022, arXiv:2110.07577)."""
 
 from __future__ import annotations
 
 from deltatune.core.delta import Delta
 from deltatune.core.method import Method
 from deltatune.core.spec import build
-
-
-def mam(length: int = 30, size: int = 512, scale: float = 4.0) -> Delta:
-    """Prefixes in attention and a scaled parallel adapter beside the FFN (He et al., 2022: 30, 512, 4 on XSum)."""
-    prefix, adapter = (
-        build("PrefixTuning", {"length": length}, Method),
-        build("ParallelAdapter", {"size": size, "scale": scale}, Method),
-    )
-    return prefix.at("attn") + adapter.at("ffn")
 
 
 def unipelt(length: int = 10, size: int = 48, rank: int = 8) -> Delta:
