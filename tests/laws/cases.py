@@ -56,6 +56,7 @@ COMBINED: dict[str, Method] = {
     "Reparam(PrefixTuning)": dt.Reparam(dt.PrefixTuning(length=5)),
     "Reparam(PromptTuning)": dt.Reparam(dt.PromptTuning(length=5)),
     "Reparam(LoRA, Subspace)": dt.Reparam(dt.LoRA(rank=4), dt.Subspace(dim=20)),
+    "Choose(LoRA)": dt.Choose(dt.LoRA(rank=4)),
     "Scale(LoRA)": dt.Scale(dt.LoRA(rank=4), by=0.5),
     "Gate(LoRA)": dt.Gate(dt.LoRA(rank=4)),
     "Gate(Adapter)": dt.Gate(dt.Adapter(size=8)),

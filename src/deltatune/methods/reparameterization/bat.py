@@ -17,7 +17,6 @@ from deltatune.core.method import OnLinear
 from deltatune.core.site import Site
 from deltatune.methods._sizes import check_divides, check_least, fitting
 
-
 LARGEST = 64  # the size that a block has by default where the widths allow it
 
 

@@ -20,7 +20,6 @@ from deltatune.core.method import Base, OnLinear
 from deltatune.core.site import Site
 from deltatune.methods._sizes import check_divides, check_least, fitting
 
-
 LARGEST = 256  # the size that a block has by default where the widths allow it
 
 
