@@ -46,8 +46,8 @@ def above(label: str, rank: int) -> tuple[nn.Module, dt.Delta]:
 
 @pytest.mark.parametrize("label", [label for label in RANKED if label not in FREE])
 def test_a_rank_that_does_not_fit_is_refused_with_both_numbers(label):
-    with pytest.raises(dt.DeltaTuneError, match=rf"{label}\(rank=1009\b") as error:
-        dt.sites(*above(label, 1009))
+    with pytest.raises(dt.DeltaTuneError, match=rf"{label}\(rank=1008\b") as error:
+        dt.sites(*above(label, 1008))
     size = vars(METHODS[label]).get("size", tiny.FFN)
     assert any(str(width) in str(error.value) for width in (tiny.WIDTH, tiny.FFN, size))
 
