@@ -36,9 +36,7 @@ class Given:
 
     def oriented(self, stored: Tensor) -> Tensor:
         """Return what is shaped like the stored weight (a gradient, a mask) as float32 [d_out, d_in] of this site."""
-        whole = stored.detach().to("cpu", torch.float32)
-        W = whole.mT if self.site.transposed else whole
-        return W if self.site.part is None else self.site.part.take(W, 0)
+        return self.site.matrix(stored.detach().to("cpu", torch.float32))
 
     def about(self, kind: str) -> Tensor:
         """Return the evidence of a kind on this site: by parameter path (`fisher`, `gradient`) or module path (`inputs`)."""

@@ -87,10 +87,14 @@ class Method(Spec):
 
 
 class OnLinear(Method):
-    """A method on linear layers, defined by what it does to their weight and bias; mergeable by definition."""
+    """A method on linear layers, defined by what it does to their weight and bias; mergeable by definition.
+
+    An embedding is the linear map of one-hot tokens, W [d, vocabulary], and a convolution that of patches, W [d_out, d_in
+    prod(kernel)]: there `weight` and `bias` are what acts, and `output` is not called.
+    """
 
     acts = "linear"
-    kinds = ("linear",)
+    kinds = ("linear", "embedding", "conv")
 
     def weight(self, p: Any, W: Tensor) -> Tensor:
         """Return W' [d_out, d_in]: the definition of the method."""
@@ -149,7 +153,11 @@ class OnTensor(Method):
     """A method on single parameters of any shape: norms, biases, embeddings, whole layers."""
 
     acts = "tensor"
-    kinds = ("linear", "norm", "embedding", "container")
+    kinds = ("linear", "norm", "embedding", "conv", "grouped conv", "container")
+
+    def takes(self, site: Site) -> bool:
+        """Whether it acts on the parameter `site.tensor` of a chosen place."""
+        return True
 
     def value(self, p: Any, theta: Tensor) -> Tensor:
         """Return the parameter's new value, of the shape of `theta`."""

@@ -121,7 +121,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     return Anatomy(family=type(model).__name__)
 
 
-Kind = Literal["linear", "embedding", "norm", "container"]
+Kind = Literal["linear", "embedding", "conv", "grouped conv", "norm", "container"]
 TRANSPOSED: set[str] = set()  # class names whose weight is stored [d_in, d_out]; backbones add theirs
 
 
@@ -156,6 +156,17 @@ class Site:
         """The width of the hidden state on this site's side."""
         return self.d_in if self.side == "in" else self.d_out
 
+    def matrix(self, stored: Tensor) -> Tensor:
+        """Return the module's stored weight as this site's W [d_out, d_in]: a table of embeddings transposed, a kernel flat."""
+        W = stored.mT if self.transposed else stored.flatten(1) if stored.dim() > 2 else stored
+        return W if self.part is None else self.part.take(W, 0)
+
+    def stored(self, W: Tensor, before: Tensor) -> Tensor:
+        """Return the stored weight `before` with W [d_out, d_in] in this site's place."""
+        if self.part is not None:
+            W = self.part.put(before.mT if self.transposed else before, W, 0)
+        return W.mT if self.transposed else W.reshape(before.shape)
+
     @property
     def address(self) -> str:
         """A name for this site, unique in its backbone and stable across processes."""
@@ -166,6 +177,16 @@ class Site:
             + (f".{self.tensor}" if self.tensor else "")
             + (":in" if self.side == "in" else "")
         )
+
+
+def reader(model: nn.Module, path: str) -> str | None:
+    """Return the path of the module that reads this module's parameters and never calls it, or None when it is called.
+
+    torch's attention reads its output projection so, with no call that a port could change.
+    """
+    parent, _, name = path.rpartition(".")
+    inside = name == "out_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention)
+    return parent if inside else None
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -181,13 +202,19 @@ def describe(site: Site, module: nn.Module, width: int) -> Site:
     weight = own.get("weight")
     bias = "bias" in own
     if isinstance(module, nn.Embedding):
-        return replace(site, kind="embedding", d_in=module.num_embeddings, d_out=module.embedding_dim)
+        sizes = {"d_in": module.num_embeddings, "d_out": module.embedding_dim}
+        return replace(site, kind="embedding", transposed=True, **sizes)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        kind = "conv" if module.groups == 1 else "grouped conv"
+        return replace(site, kind=kind, d_in=module.weight[0].numel(), d_out=module.out_channels, bias=bias)
     if weight is not None and weight.dim() == 1 and not list(module.children()):
         return replace(site, kind="norm", d_in=weight.numel(), d_out=weight.numel(), bias=bias)
     if is_transposed(module) and weight is not None:
         return _linear(site, weight.shape[0], weight.shape[1], bias, transposed=True)
     if isinstance(module, nn.Linear):
         return _linear(site, module.in_features, module.out_features, bias, transposed=False)
+    if isinstance(module, nn.MultiheadAttention):
+        width = module.embed_dim
     return replace(site, kind="container", d_in=width, d_out=width)
 
 
