@@ -127,8 +127,9 @@ class _Session:
         return {"test": score(self.task.metric, predictions, examples), "majority": majority(self.task, examples)}
 
     def _train(self, on_step: OnStep | None) -> tuple[Progress, str]:
-        if not self.count:
-            return Progress(), "steps"
+        if not self.count:  # the backbone as it is: there is a dev score, and nothing to train
+            dev = self._dev()
+            return Progress(dev=dev() if dev else None), "steps"
         recipe, run = self.recipe, self.run
         rows = make_rows(self.codec, self.task, self._examples())
         loop = Loop(self.attachment, rows, self.codec.pad, recipe, run.seed, self.folder, self._dev(), on_step)
