@@ -64,6 +64,13 @@ def qwen3(seed: int = 0) -> nn.Module:
     return _llama_like("Qwen3", seed, head_dim=16)
 
 
+def mixtral(seed: int = 0) -> nn.Module:
+    """MixtralForCausalLM: four experts a block, whose weights are 3-D parameters; two of them answer each token."""
+    model = _llama_like("Mixtral", seed, num_local_experts=4, num_experts_per_tok=2)
+    model.set_experts_implementation("batched_mm")  # without a loop over the experts, which no graph can hold
+    return model
+
+
 def gemma(seed: int = 0) -> nn.Module:
     """GemmaForCausalLM: one key/value head, heads wider than width / heads, tied head."""
     return _llama_like("Gemma", seed, head_dim=16, num_key_value_heads=1)

@@ -145,9 +145,12 @@ def test_a_rank_above_the_dimensions_is_refused_with_them():
     [
         (
             dt.LoRA().at("path:blocks.*"),
-            r"LoRA acts on a linear, but 'path:blocks\.\*' found the container 'blocks\.0'; its default place is",
+            r"LoRA acts on a linear or embedding or conv, but 'path:blocks\.\*' found the container 'blocks\.0'; its default place is",
         ),
-        (dt.LoRA().at("path:**.scale"), r"LoRA acts on a linear, but .* found the norm 'blocks\.0\.scale'"),
+        (
+            dt.LoRA().at("path:**.scale"),
+            r"LoRA acts on a linear or embedding or conv, but .* found the norm 'blocks\.0\.scale'",
+        ),
         (dt.BitFit().at("path:table"), r"BitFit acts on a linear or norm, but .* found the embedding 'table'"),
         (dt.Adapter().at("path:blocks.*"), r"the width of 'blocks\.0' is not known; address a linear or a norm"),
         (dt.PrefixTuning().at("path:blocks.*"), r"'blocks\.0' is not an attention whose heads are known"),

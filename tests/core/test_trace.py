@@ -12,70 +12,97 @@ from tests import tiny
 WIDTH = 16
 
 
-class Attending(nn.Module):
-    """torch's own attention, which reads out_proj's weight without calling it, behind a linear layer that is called."""
+class Reading(nn.Module):
+    """A linear layer that is called, one whose weight its parent reads without calling it, and one that nobody reads."""
 
     def __init__(self):
         super().__init__()
         self.first = nn.Linear(WIDTH, WIDTH)
-        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.inner = nn.Linear(WIDTH, WIDTH)
         self.unused = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x):
-        x = self.first(x)
-        return self.attention(x, x, x, need_weights=False)[0]
+        return nn.functional.linear(self.first(x), self.inner.weight, self.inner.bias)
+
+
+class Encoding(nn.Module):
+    """torch's own encoder layer, which in evaluation reads all weights at once and calls none of its modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x)
 
 
 def example():
     return {"x": torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))}
 
 
+@torch.no_grad()
+def moved(attachment):
+    for leaf in attachment.parameters():
+        leaf.add_(0.5)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("method", [dt.LoRA(rank=2), dt.Adapter(size=2), dt.BitFit(), dt.Full()], ids=str)
 def test_a_module_whose_weight_is_read_by_its_parent_is_silent(method, training):
-    model = tiny.seeded(Attending).train(training)
+    model = tiny.seeded(Reading).train(training)
     bare = model(**example())
-    with dt.attach(model, method.at("path:attention.out_proj")) as attachment:
-        with torch.no_grad():
-            for leaf in attachment.parameters():
-                leaf.add_(0.5)
+    with dt.attach(model, method.at("path:inner")) as attachment:
+        moved(attachment)
         found = dt.trace(model, example())
-        assert (found.fired, found.silent) == ((), ("attention.out_proj",))
+        assert (found.fired, found.silent) == ((), ("inner",))
         # the delta has no effect, as the report says
         torch.testing.assert_close(model(**example()), bare, rtol=0, atol=1e-6)
-        assert "never called: attention.out_proj" in str(found)
+        assert "never called: inner" in str(found)
         assert "0 of 1 adapted modules were called" in str(found)
 
 
 def test_called_and_uncalled_modules_are_told_apart():
-    model = tiny.seeded(Attending)
-    dt.attach(model, dt.LoRA(rank=2).at("path:{first,attention.out_proj,unused}"))
+    model = tiny.seeded(Reading)
+    dt.attach(model, dt.LoRA(rank=2).at("path:{first,inner,unused}"))
     found = dt.trace(model, example())
     assert found.fired == ("first",)
-    assert found.silent == ("attention.out_proj", "unused")
+    assert found.silent == ("inner", "unused")
 
 
-def test_full_on_the_parent_reaches_its_own_packed_parameters_only():
-    model = tiny.seeded(Attending)
-    bare = model(**example())
-    with dt.attach(model, dt.Full().at("path:attention")) as attachment:
-        assert dt.trace(model, example()).silent == ("attention.out_proj",)
-        with torch.no_grad():
-            dict(attachment.named_parameters())["0.attention.in_proj_weight.value"].add_(0.5)
-        assert (model(**example()) - bare).abs().max() > 1e-3
-
-
+@torch.no_grad()
 def test_merging_reaches_what_tracing_calls_silent():
-    model = tiny.seeded(Attending)
+    model = tiny.seeded(Reading)
     bare = model(**example())
-    weights = dt.init(dt.LoRA(rank=2).at("path:attention.out_proj"), model)
+    weights = dt.init(dt.LoRA(rank=2).at("path:inner"), model)
     for tensor in weights.tensors.values():
         tensor.add_(0.5)
-    merged = dt.merge(model, weights)["attention.out_proj.weight"]
+    merged = dt.merge(model, weights)["inner.weight"]
     with dt.merge_(model, weights):
-        assert torch.equal(model.attention.out_proj.weight, merged)
+        assert torch.equal(model.inner.weight, merged)
         assert (model(**example()) - bare).abs().max() > 1e-3
     torch.testing.assert_close(model(**example()), bare, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_fast_path_of_torch_encoder_layers_is_silent_and_the_ordinary_one_is_not():
+    model, places = tiny.seeded(Encoding), ("layer.self_attn", "layer.linear1", "layer.linear2")
+    delta = dt.LoRA(rank=2).at("path:layer.{self_attn.out_proj,linear1,linear2}")
+    bare = model(**example())
+    with dt.attach(model, delta) as attachment:
+        moved(attachment)
+        found = dt.trace(model, example())
+        assert (found.fired, found.silent) == ((), places)
+        torch.testing.assert_close(model(**example()), bare, rtol=0, atol=1e-6)
+        model.train()
+        assert dt.trace(model, example()) == dt.Trace(places, ())
+        assert (model(**example()) - bare).abs().max() > 1e-2
+        model.eval()
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            assert dt.trace(model, example()) == dt.Trace(places, ())
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
 
 
 def test_tracing_leaves_no_hook_and_no_mode_behind():

@@ -19,6 +19,7 @@ from tests import tiny
 dt.LoRA  # noqa: B018  (defines the methods and the anatomies)
 
 BACKBONES = {"llama": tiny.llama, "gpt2": tiny.gpt2, "bert": tiny.bert, "t5": tiny.t5, "plain": tiny.plain}
+BACKBONES["mixtral"] = tiny.mixtral  # for what acts on experts, and for nothing else
 CAUSAL = ("llama", "gpt2")
 GENERATING = ("llama", "gpt2", "t5")
 # One method of each interface is checked on every backbone; the others each on two of them, chosen by their name.
@@ -63,9 +64,11 @@ COMBINED: dict[str, Method] = {
     "Fuse(Adapters)": dt.Fuse((dt.Adapter(size=8), dt.Adapter(size=4)), size=8),
     "Fuse(LoRAs)": dt.Fuse((dt.LoRA(rank=4), dt.LoRA(rank=2)), size=8, frozen=True),
     "Mixture(LoRAs)": dt.Mixture((dt.LoRA(rank=4), dt.LoRA(rank=2)), top=1),
+    "Arrow(LoRAs)": dt.Arrow((dt.LoRA(rank=4), dt.LoRA(rank=2)), top=1),
     "Average(LoRA, BitFit)": dt.Average((dt.LoRA(rank=4), dt.BitFit())),
     "Reparam(PromptTuning, LSTMEncoder)": dt.Reparam(dt.PromptTuning(length=5), dt.LSTMEncoder(hidden=8)),
     "AtPositions(LoReFT)": dt.AtPositions(dt.LoReFT(), first=4),
+    "PerExpert(LoRA)": dt.PerExpert(dt.LoRA(rank=4)),
     "Stack(Adapters)": dt.Stack((dt.Adapter(size=8), dt.Adapter(size=4))),
 }
 METHODS = examples()
@@ -73,6 +76,8 @@ METHODS = examples()
 
 def fits(method: Method, backbone: str) -> bool:
     """Whether a method can act on a backbone: attention, prompts and ladders need one whose roles are known."""
+    if backbone == "mixtral" or isinstance(method, dt.PerExpert):
+        return backbone == "mixtral" and isinstance(method, dt.PerExpert)
     return backbone != "plain" or method.acts in ("linear", "stream", "branch", "tensor")
 
 

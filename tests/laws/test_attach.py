@@ -79,7 +79,7 @@ def test_three_deltas_come_off_in_any_order(name, order):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", list(BACKBONES))
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "plain"])
 def test_a_sum_of_deltas_is_the_same_as_one_after_the_other(name):
     place = "path:blocks.*.{first,second}" if name == "plain" else "ffn.{up,down}"
     one, two = dt.LoRA(rank=3).at(place), dt.BitFit().at(place)

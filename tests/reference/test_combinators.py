@@ -94,6 +94,25 @@ def test_a_mixture_weighs_the_changes_by_a_softmax_of_the_input(top):
 
 
 @torch.no_grad()
+def test_arrow_sends_each_token_to_the_expert_that_answers_most_to_it():
+    torch.manual_seed(0)
+    net = Net()
+    experts = []
+    for i in range(3):  # each answers to one direction of the input alone
+        weights = dt.init(dt.LoRA(rank=1, alpha=1.0).at("path:inner"), net)
+        A, B = torch.zeros(1, D), torch.randn(D, 1)
+        A[0, i] = 2.0
+        experts.append(dt.Weights(weights.delta, {"0.inner.A": A, "0.inner.B": B}, weights.backbone))
+    mixed = dt.arrow(net, experts, top=1)
+    torch.testing.assert_close(mixed.fixed["0.inner.R"].abs(), torch.eye(D)[:3], rtol=0, atol=1e-5)
+    x = torch.eye(D)[:3] * -1.5
+    expected = torch.stack([result(net, expert, x[i]) for i, expert in enumerate(experts)])
+    torch.testing.assert_close(result(net, mixed, x), expected, rtol=0, atol=1e-5)
+    with pytest.raises(dt.DeltaTuneError, match="arrow mixes weights of one method"):
+        dt.arrow(net, [dt.init(dt.Adapter().at("path:inner:out"), net)])
+
+
+@torch.no_grad()
 def test_methods_in_a_stack_see_what_the_one_before_made():
     net, weights, p, x = case(dt.Stack((dt.Adapter(size=2), dt.Adapter(size=3))))
     torch.testing.assert_close(result(net, weights, x), adapter(p, 1, adapter(p, 0, net(x))), rtol=0, atol=1e-5)
@@ -138,6 +157,20 @@ def test_a_found_subspace_holds_the_weights_it_was_found_from():
         found = output(model)
     with dt.attach(model, tasks[2]):
         torch.testing.assert_close(found, output(model), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_unified_subspace_gives_each_task_one_z_for_every_kind_of_delta():
+    model, kinds = tiny.llama(), [dt.LoRA(rank=2), dt.Adapter(size=3)]
+    families = [[busy(dt.init(d, model, seed=i), seed=i, size=0.1 + j) for i in range(4)] for j, d in enumerate(kinds)]
+    found = []
+    for space, weights in zip(dt.unified_subspace(families, dim=3), families, strict=True):
+        W = torch.cat([space[n.partition(".")[2]][0].flatten(0, -2) for n in weights[0].tensors])
+        b = torch.cat([space[n.partition(".")[2]][1].flatten() for n in weights[0].tensors])
+        point = torch.cat([t.flatten() for t in weights[2].tensors.values()])
+        found.append(torch.linalg.lstsq(W, (point - b)[:, None]).solution)
+        torch.testing.assert_close(W @ found[-1] + b[:, None], point[:, None], rtol=0, atol=1e-3)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-3)
 
 
 def test_too_few_weights_make_no_subspace():

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltatune.backbones.reader import RowPositions, argument_names, reader
+from deltatune.core.builders import BUILDERS, Built, each
 from deltatune.core.delta import Placement
-from deltatune.core.ports import BUILDERS, PORTS, Built, Edit, Port, Setting, Tensors, each
+from deltatune.core.ports import PORTS, Edit, Port, Setting, Tensors
 from deltatune.core.site import Anatomy, Part, Site
 from deltatune.errors import DeltaTuneError
 

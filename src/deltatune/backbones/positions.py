@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from deltatune.backbones.prompts import CausalPrompt, EncoderPrompt
 from deltatune.backbones.reader import Call, argument_names, by_name, reader
+from deltatune.core.builders import BUILDERS, Built, first_argument
 from deltatune.core.delta import Placement
-from deltatune.core.ports import BUILDERS, PORTS, Built, Edit, StreamPort, Tensors, first_argument
+from deltatune.core.ports import PORTS, Edit, StreamPort, Tensors
 from deltatune.core.site import Anatomy, Site
 from deltatune.errors import DeltaTuneError
 

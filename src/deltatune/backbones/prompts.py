@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from deltatune.backbones.attention import Lookup
 from deltatune.backbones.insert import insert, remove, starts
 from deltatune.backbones.reader import Call, RowPositions, argument_names, by_name, reader
+from deltatune.core.builders import BUILDERS, Built, each
 from deltatune.core.delta import Placement
-from deltatune.core.ports import BUILDERS, PORTS, Built, Edit, Port, Tensors, each
+from deltatune.core.ports import PORTS, Edit, Port, Tensors
 from deltatune.core.site import Anatomy, Stack
 from deltatune.errors import DeltaTuneError
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 GROUPS = ("addition", "specification", "reparameterization", "combine")
 NAME, YEAR = r"[A-Z][\w'-]+", r"(?:19|20)\d\d"
 PAPER = re.compile(rf"(?:{NAME} )*{NAME}(?: et al\.?| and (?:{NAME} )*{NAME})?,? (?:\({YEAR}\)|{YEAR})")
-FORMULA = re.compile(r"Parameters(?: a site|, once, for an even d)?:\s+(.*?)(?:\.(?:\s|$)|$)", re.DOTALL)
+FORMULA = re.compile(r"Parameters:\s+(.*?)(?:\.(?:\s|$)|$)", re.DOTALL)
 BRACKETS = re.compile(rf"\(([^()]*{YEAR}[^()]*)\)")
+INNER = "as inside"  # what a combinator does not have of its own
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class Entry:
 
     @property
     def equation(self) -> str:
-        """The first indented line of its file's docstring, without the shapes behind it."""
+        """The indented line of its file's docstring that begins with its name, or the first one, without the shapes behind it."""
         lines = [line.strip() for line in self.about.splitlines() if line.startswith("    ")]
-        return re.split(r"\s{3,}", lines[0])[0] if lines else ""
+        own = [line.removeprefix(f"{self.name}: ") for line in lines if line.startswith(f"{self.name}: ")]
+        return re.split(r"\s{3,}", (own or lines)[0])[0] if lines else ""
 
     @property
     def paper(self) -> str:
@@ -60,39 +62,48 @@ class Entry:
 
     @property
     def formula(self) -> str:
-        """The number of trained parameters as its file states it."""
-        found = FORMULA.search(self.about)
+        """The number of trained parameters as its own docstring states it, or else its file."""
+        found = FORMULA.search(self.line) or FORMULA.search(self.about)
         return " ".join(found[1].split()) if found else ""
 
     @property
     def place(self) -> str:
         """The default where."""
-        return self.default.where if self.default else "-"
+        return self.default.where if self.default else INNER
 
     @property
-    def merges(self) -> bool:
+    def merges(self) -> str:
         """Whether it can be written into the backbone's weights."""
-        return self.default is not None and "merge" not in self.default.breaks
+        return INNER if self.default is None else "no" if "merge" in self.default.breaks else "yes"
+
+    @property
+    def breaks(self) -> dict[str, str]:
+        """The laws that it does not keep, with the reasons."""
+        return {str(law): reason for law, reason in sorted(self.default.breaks.items())} if self.default else {}
 
     @property
     def settings(self) -> str:
-        """Its fields with their defaults, as they are written."""
+        """How it is written, with its fields and their defaults."""
         from deltatune.core.spec import fields_of, literal
 
         fields = fields_of(self.kind)
-        return ", ".join(f"{f.name}={'...' if f.default is MISSING else literal(f.default)}" for f in fields)
+        given = ", ".join(f"{f.name}={'...' if f.default is MISSING else literal(f.default)}" for f in fields)
+        return f"{self.name}({given})"
 
-    def count(self, model: nn.Module) -> tuple[int, float, frozenset[str]] | None:
-        """Return trained parameters, their percentage and the evidence needed on a backbone; None where it has no place."""
+    def count(self, model: nn.Module) -> tuple[str, str]:
+        """Return the parameters that it trains on a backbone and the evidence that it needs there, in words."""
         from deltatune.core.delta import sites
         from deltatune.core.evidence import needs
 
+        if self.default is None:
+            return INNER, ""
         try:
-            table = sites(model, self.default) if self.default else None
+            table = sites(model, self.default)
         except DeltaTuneError:
-            return None
-        share = 100 * table.parameters / table.backbone_parameters if table else 0.0
-        return (table.parameters, share, needs(model, table.delta)) if table else None
+            return "no place", ""
+        share = 100 * table.parameters / table.backbone_parameters
+        counted = f"{table.parameters:,} ({share:.{0 if share >= 10 else 1 if share >= 1 else 3}f} %)"
+        return counted, ", ".join(sorted(needs(model, table.delta)))
 
 
 def catalogue() -> dict[str, Entry]:
@@ -103,6 +114,32 @@ def catalogue() -> dict[str, Entry]:
     entries = [Entry(name, kind, _default(kind)) for name, kind in registry().items()]
     order = (*GROUPS, "other")
     return {e.name: e for e in sorted(entries, key=lambda e: (order.index(e.group), e.name))}
+
+
+def others() -> dict[str, dict[str, str]]:
+    """Return what goes with the methods, by title: how each is written -> its docstring's first line."""
+    from deltatune.core.spec import concrete
+    from deltatune.methods import functions
+    from deltatune.methods._maps import Map
+    from deltatune.methods._starts import Start
+
+    presets = {f"{name}{_arguments(f)}": _first(f) for name, f in sorted(functions().items())}
+    values = {
+        title: {Entry(name, value, None).settings: _first(value) for name, value in concrete(base).items()}  # type: ignore[arg-type]
+        for title, base in (("Starts of LoRA: `LoRA(init=...)`", Start), ("Maps: `Reparam(..., through=...)`", Map))
+    }
+    return {"Presets and tools": presets, **values}
+
+
+def _arguments(function: object) -> str:
+    from deltatune.core.spec import literal
+
+    given = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
+    return f"({', '.join(p.name if p.default is p.empty else f'{p.name}={literal(p.default)}' for p in given)})"
+
+
+def _first(value: object) -> str:
+    return (inspect.getdoc(value) or "").partition("\n")[0]
 
 
 def _default(method: type[Method]) -> Method | None:

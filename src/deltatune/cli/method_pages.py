@@ -19,6 +19,11 @@ TITLES = {
     "combine": "Combinators: methods made of methods",
 }
 HOW = "Made by `deltatune methods --docs docs/methods` from the methods' docstrings; do not edit.\n"
+READ = """
+*merges*: it can be written into the backbone's weights. *needs*: the evidence that it starts from, which `deltatune tune`
+measures, and `dt.evidence` for a loop of your own. The last column is what it trains at its default place on the built-in
+backbone `{backbone}`. What a combinator does depends on the methods inside it.
+"""
 
 
 def pages(entries: dict[str, Entry], model: nn.Module, backbone: str) -> dict[str, str]:
@@ -30,34 +35,39 @@ def pages(entries: dict[str, Entry], model: nn.Module, backbone: str) -> dict[st
 
 def write(folder: Path, entries: dict[str, Entry], model: nn.Module, backbone: str) -> list[Path]:
     """Write the pages into `folder` and return their paths."""
-    for name, text in pages(entries, model, backbone).items():
+    written = pages(entries, model, backbone)
+    for name, text in written.items():
         write_text(folder / name, text)
-    return sorted(folder.glob("*.md"))
+    return [folder / name for name in sorted(written)]
 
 
 def _index(groups: dict[str, list[Entry]], model: nn.Module, backbone: str) -> str:
-    lines = [f"# Methods\n\n{HOW}"]
+    from deltatune.cli.catalogue import others
+
+    lines = [f"# Methods\n\n{HOW}{READ.format(backbone=backbone)}"]
     for group, own in groups.items():
         lines += [f"\n## [{TITLES[group]}]({group}.md)\n"]
         lines += [f"| method | paper | default place | merges | needs | on {backbone} |", "|---|---|---|---|---|---:|"]
         for e in own:
-            found = e.count(model)
-            counted = f"{found[0]:,} ({found[1]:.2g} %)" if found else "-"
-            needed = ", ".join(sorted(found[2])) if found else ""
-            row = (f"[{e.name}]({group}.md#{e.name.lower()})", e.paper, f"`{e.place}`", "yes" if e.merges else "no")
-            lines.append(f"| {' | '.join([*row, needed, counted])} |")
+            counted, needed = e.count(model)
+            name = f"[{e.name}]({group}.md#{e.name.lower()})"
+            place = f"`{e.place}`" if e.default else e.place
+            lines.append(f"| {' | '.join([name, e.paper, place, e.merges, needed, counted])} |")
+    for title, values in others().items():
+        lines += [f"\n## {title}\n", "| written | is |", "|---|---|"]
+        lines += [f"| `{_cell(written)}` | {_cell(what)} |" for written, what in values.items()]
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _group(title: str, own: list[Entry]) -> str:
     lines = [f"# {title}\n\n{HOW}"]
     for e in own:
-        lines.append(f"\n## {e.name}\n\n{e.line}\n\n    {e.name}({e.settings})\n")
-        lines.append(f"Default place: `{e.place}`.")
-        lines += [f"Law that it does not keep: {law} ({reason})." for law, reason in sorted(_breaks(e).items())]
+        lines.append(f"\n## {e.name}\n\n{e.line}\n\n    {e.settings}\n")
+        lines.append(f"Default place: `{e.place}`." if e.default else "Default place: that of the method inside.")
+        lines += [f"Law that it does not keep: {law} ({reason})." for law, reason in e.breaks.items()]
         lines.append(f"\n{e.about}")
     return "\n".join(lines) + "\n"
-
-
-def _breaks(entry: Entry) -> dict[str, str]:
-    return {str(law): reason for law, reason in entry.default.breaks.items()} if entry.default else {}

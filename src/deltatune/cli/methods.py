@@ -11,6 +11,7 @@ from deltatune.errors import DeltaTuneError, nearest
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import nn
 
     from deltatune.cli.catalogue import Entry
 
@@ -18,55 +19,72 @@ Explain = Annotated[
     str | None, typer.Option(metavar="NAME", help="What one method computes, how it starts, and who published it.")
 ]
 On = Annotated[
-    str, typer.Option(metavar="BACKBONE", help="Count what each method would train here, and list what it needs.")
+    str | None,
+    typer.Option(metavar="BACKBONE", help="Where each method goes here, how much it trains, and what it needs."),
 ]
 Docs = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the pages of the documentation here.")]
+COUNTED = "pebble"  # the backbone that the documentation counts on
 
 
-def methods(explain: Explain = None, on: On = "pebble", docs: Docs = None) -> None:
-    """List every delta method: its group, its equation, where it goes by default, what it trains, and its paper."""
+def methods(explain: Explain = None, on: On = None, docs: Docs = None) -> None:
+    """List every delta method with its equation and its paper; with --on, where it goes and how much it trains there."""
     from deltatune.cli.catalogue import catalogue
 
     known = catalogue()
     if explain is not None:
         if explain not in known:
             raise DeltaTuneError(f"there is no method {explain!r}.{nearest(explain, known)} Known: {', '.join(known)}.")
-        typer.echo(_explanation(known[explain]))
-        return
-    from deltatune.backbones.load import skeleton
-
-    if docs is not None:
+        typer.echo(explanation(known[explain]))
+    elif docs is not None:
+        from deltatune.backbones.load import skeleton
         from deltatune.cli.method_pages import write
 
-        for path in write(docs, known, skeleton(on), on):
+        for path in write(docs, known, skeleton(on or COUNTED), on or COUNTED):
             typer.echo(f"Wrote {path}")
-        return
+    else:
+        _print(known, on)
+
+
+def explanation(entry: Entry) -> str:
+    """Return what there is to know about one method, as text."""
+    facts = [f"Written: {entry.settings}", f"Default place: {entry.place}", f"Merges: {entry.merges}"]
+    facts += [f"Law that it does not keep: {law} ({reason})." for law, reason in entry.breaks.items()]
+    return "\n\n".join([f"{entry.name} ({entry.group})\n{entry.line}", entry.about, "\n".join(facts)])
+
+
+def _print(known: dict[str, Entry], on: str | None) -> None:
     from rich.console import Console
 
-    Console(highlight=False, markup=False).print(_table(known, on))
-
-
-def _table(known: dict[str, Entry], backbone: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
     from deltatune.backbones.load import skeleton
+    from deltatune.cli.method_pages import TITLES
 
-    model = skeleton(backbone)
-    columns = ("group", "method", "equation", "default place", "merges", "needs", "paper", "parameters")
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(f"trained on {backbone}", justify="right")
-    for e in known.values():
-        found = e.count(model)
-        counted = f"{found[0]:,} ({found[1]:.3g} %)" if found else "-"
-        needed = ", ".join(sorted(found[2])) if found else ""
-        merges = "yes" if e.merges else "no"
-        table.add_row(e.group, e.name, e.equation, e.place, merges, needed, e.paper, e.formula, counted)
+    model, console = skeleton(on) if on else None, Console(highlight=False, markup=False)
+    for group in dict.fromkeys(e.group for e in known.values()):
+        own = [e for e in known.values() if e.group == group]
+        console.print(f"\n{TITLES.get(group, group.capitalize())}", style="bold")
+        console.print(_equations(own) if model is None else _counts(own, model, str(on)))
+
+
+def _equations(entries: list[Entry]) -> Table:
+    table = _table("method", "equation", "paper")
+    for e in entries:
+        table.add_row(e.name, e.equation, e.paper)
     return table
 
 
-def _explanation(entry: Entry) -> str:
-    facts = [f"Settings: {entry.name}({entry.settings})", f"Default place: {entry.place}"]
-    if entry.default:
-        facts += [f"Law that it does not keep: {law} ({reason})." for law, reason in entry.default.breaks.items()]
-    return "\n\n".join([entry.about, entry.line, "\n".join(facts)])
+def _counts(entries: list[Entry], model: nn.Module, backbone: str) -> Table:
+    table = _table("method", "default place", "merges", "needs", "parameters", f"trained on {backbone}")
+    for e in entries:
+        counted, needed = e.count(model)
+        table.add_row(e.name, e.place, e.merges, needed, e.formula, counted)
+    return table
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=column == "method", overflow="fold")
+    return table

@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deltatune.core.builders import BUILDERS, Seat
 from deltatune.core.calls import Ports, with_ports
 from deltatune.core.delta import Delta, Placement, place
 from deltatune.core.fit import check_backbone, check_tensors
 from deltatune.core.method import Method
-from deltatune.core.ports import BUILDERS, PORTS, Edit, Seat, Setting, Tensors
+from deltatune.core.ports import PORTS, Edit, Setting, Tensors
 from deltatune.core.site import anatomy
 from deltatune.core.weights import Weights, fingerprint, generate, init
 from deltatune.errors import DeltaTuneError

@@ -45,19 +45,25 @@ def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _call_substituted(self: nn.Module, ports: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    own = self._parameters
-    kept = [(name, own[name]) for name, _ in ports.param]
+    owners = [(_owner(self, name), name.rpartition(".")[2], changes) for name, changes in ports.param]
+    kept = [(owner, name, owner._parameters[name]) for owner, name, _ in owners]
     try:
-        for name, changes in ports.param:
+        for owner, name, changes in owners:
             for port in changes:
-                own[name] = port.param(own[name])
+                owner._parameters[name] = port.param(owner, owner._parameters[name])
         y = type(self)._deltatune_base.__call__(self, *args, **kwargs)  # type: ignore[attr-defined]
         for port in ports.post:
             y = port.post(self, args, kwargs, y)
         return y
     finally:
-        for name, theta in kept:
-            own[name] = theta
+        for owner, name, theta in kept:
+            owner._parameters[name] = theta
+
+
+def _owner(module: nn.Module, name: str) -> nn.Module:
+    """Return the module that holds a parameter named as seen from `module`, itself in most cases."""
+    path = name.rpartition(".")[0]
+    return module.get_submodule(path) if path else module
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:

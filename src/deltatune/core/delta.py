@@ -11,7 +11,7 @@ from torch import nn
 
 from deltatune.core.leaf import Leaf
 from deltatune.core.method import Method
-from deltatune.core.site import Anatomy, Site, anatomy
+from deltatune.core.site import Anatomy, Site, anatomy, read_by
 from deltatune.core.spec import evaluate, from_json, literal, read
 from deltatune.core.where import select
 from deltatune.errors import DeltaTuneError
@@ -120,6 +120,7 @@ def _sites(model: nn.Module, term: Term, parts: Anatomy) -> list[Site]:
                 f"{type(term.method).__name__} acts on a {wanted}, but {term.where!r} found the {site.kind} {site.path!r}; "
                 f"its default place is {term.method.where!r}."
             )
+        _check_called(model, term, site)
         if term.method.acts == "stream" and not site.width:
             raise DeltaTuneError(
                 f"the width of {site.path!r} is not known; address a linear or a norm inside it instead."
@@ -128,7 +129,33 @@ def _sites(model: nn.Module, term: Term, parts: Anatomy) -> list[Site]:
             raise DeltaTuneError(
                 f"{site.path!r} is not an attention whose heads are known; {term.method} needs the role attn or cross."
             )
-    return _tensors(model, sites) if term.method.acts == "tensor" else sites
+    if term.method.acts != "tensor":
+        return sites
+    found = _tensors(model, sites)
+    taken = [site for site in found if term.method.takes(site)]
+    if found and not taken:
+        names = ", ".join(dict.fromkeys(site.tensor or "" for site in found))
+        raise DeltaTuneError(f"{term.method} takes none of the parameters that {term.where!r} found: {names}.")
+    return taken
+
+
+def _check_called(model: nn.Module, term: Term, site: Site) -> None:
+    """Raise `DeltaTuneError` for a method that needs a call of a linear layer where there is none."""
+    over, method = read_by(model, site.path), term.method
+    if over is not None and method.acts not in ("linear", "tensor"):
+        raise DeltaTuneError(
+            f"{method} would have no effect at {site.path!r}: the attention {over!r} reads its weight and never calls it; "
+            f"write path:{over}."
+        )
+    if (
+        method.acts == "linear"
+        and "merge" in method.breaks
+        and (over is not None or site.kind in ("embedding", "conv"))
+    ):
+        raise DeltaTuneError(
+            f"{method} cannot act on {site.path!r}, where a method gives a new weight, as no linear layer is called there: "
+            f"{method.breaks['merge']}. Put it at a linear layer."
+        )
 
 
 def _tensors(model: nn.Module, sites: list[Site]) -> list[Site]:

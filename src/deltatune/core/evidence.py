@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from deltatune.core.delta import Delta, Placement, as_delta, place
 from deltatune.core.method import Method
+from deltatune.core.site import read_by
 from deltatune.errors import DeltaTuneError
 
 GRADIENTS, INPUTS = ("fisher", "gradient"), "inputs"
@@ -38,6 +39,11 @@ def evidence(
     Raises `DeltaTuneError` when there are no rows.
     """
     placements = place(model, as_delta(delta))
+    for p in placements:
+        if INPUTS in _needs(p) and (p.site.kind in ("embedding", "conv") or read_by(model, p.site.path) is not None):
+            raise DeltaTuneError(
+                f"{p.method} starts from a linear layer's inputs, and {p.site.path!r} is no call of one."
+            )
     parameters = {_parameter(p): _tensor(model, p) for p in placements if _needs(p) & set(GRADIENTS)}
     watched = {p.site.path: model.get_submodule(p.site.path) for p in placements if INPUTS in _needs(p)}
     sums = {kind: {name: torch.zeros_like(t) for name, t in parameters.items()} for kind in GRADIENTS}

@@ -42,7 +42,7 @@ def merge(model: nn.Module, what: Weights | Attachment, untie: bool = False, che
     changed: Change = {}
     for placement in placements:
         _apply(model, placement, tensors_of(placement, holder), changed)
-    _check_ties(model, placements, changed, untie)
+    _check_ties(model, changed, untie)
     return {".".join(filter(None, place)): _cast(model, place, tensor) for place, tensor in changed.items()}
 
 
@@ -61,19 +61,17 @@ def _apply(model: nn.Module, placement: Placement, tensors: Tensors, changed: Ch
             before = _stored(model, changed, path, name)
             changed[path, name] = method.value(tensors(before.dtype), before)
     else:
-        if site.kind == "linear":
+        if site.kind != "norm":
             _apply_weight(model, site, method, tensors, changed)
         _apply_bias(model, site, method, tensors, changed)
 
 
 def _apply_weight(model: nn.Module, site: Site, method: OnLinear, tensors: Tensors, changed: Change) -> None:
     stored = _stored(model, changed, site.path, "weight")
-    W = stored.mT if site.transposed else stored
-    part = W if site.part is None else site.part.take(W, 0)
-    new = method.weight(tensors(W.dtype), part)
-    if new is not part:
-        W = new if site.part is None else site.part.put(W, new, 0)
-        changed[site.path, "weight"] = W.mT if site.transposed else W
+    W = site.matrix(stored)
+    new = method.weight(tensors(W.dtype), W)
+    if new is not W:
+        changed[site.path, "weight"] = site.stored(new, stored)
 
 
 def _apply_bias(model: nn.Module, site: Site, method: OnLinear, tensors: Tensors, changed: Change) -> None:
@@ -85,8 +83,8 @@ def _apply_bias(model: nn.Module, site: Site, method: OnLinear, tensors: Tensors
     new = method.bias(tensors(weight.dtype), part)
     if new is None or new is part:
         return
-    if bias is None and not isinstance(module, nn.Linear):
-        cannot = f"gives {site.path!r} a bias, but a {type(module).__name__} cannot hold one"
+    if bias is None and "bias" not in module._parameters:
+        cannot = f"gives {site.path!r} a bias, but {type(module).__name__} cannot hold one"
         raise DeltaTuneError(f"{method} {cannot}. Keep it attached.")
     if site.part is not None:
         whole = bias if bias is not None else weight.new_zeros(weight.shape[1 if site.transposed else 0])
@@ -116,17 +114,24 @@ def _cast(model: nn.Module, place: tuple[str, str], tensor: Tensor) -> Tensor:
     return new
 
 
-def _check_ties(model: nn.Module, placements: list[Placement], changed: Change, untie: bool) -> None:
+def _check_ties(model: nn.Module, changed: Change, untie: bool) -> None:
     owners: Counter[int] = Counter()
     for module in model.modules():
         owners.update(id(p) for p in module._parameters.values() if p is not None)
-    mine: Counter[int] = Counter(id(model.get_submodule(path)._parameters.get(name)) for path, name in changed)
+    groups: dict[int, dict[tuple[int, str], str]] = {}
     for path, name in changed:
-        parameter = model.get_submodule(path)._parameters.get(name)
-        if parameter is not None and owners[id(parameter)] > mine[id(parameter)] and not untie:
-            raise DeltaTuneError(
-                f"{path}.{name} is shared with another module that the delta does not change; pass untie=True to give it its own copy."
-            )
+        module = model.get_submodule(path)
+        if module._parameters.get(name) is not None:
+            groups.setdefault(id(module._parameters[name]), {})[id(module), name] = path
+    for parameter, places in groups.items():
+        (first, name), *others = [(path, name) for (_, name), path in places.items()]
+        alike = all(torch.equal(changed[first, name], changed[place]) for place in others)
+        if untie or (owners[parameter] == len(places) and alike):
+            continue
+        with_whom = "another module that the delta does not change"
+        if not alike:
+            with_whom = f"{others[0][0]}.{others[0][1]}, to which the delta gives another value"
+        raise DeltaTuneError(f"{first}.{name} is shared with {with_whom}; pass untie=True to give it its own copy.")
 
 
 @dataclass
@@ -157,15 +162,16 @@ def merge_(model: nn.Module, what: Weights | Attachment, untie: bool = False, ch
     if isinstance(what, Attachment) and what.attached:
         what.detach()
     merged = Merged(model)
-    renewed: dict[int, nn.Parameter] = {}
+    renewed: dict[int, list[nn.Parameter]] = {}
     for path, tensor in state.items():
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)
         before = module._parameters.get(name)
-        trained = before is not None and before.requires_grad
-        new = renewed.setdefault(
-            id(before) if before is not None else id(tensor), nn.Parameter(tensor, requires_grad=trained)
-        )
+        shared = [] if before is None else renewed.setdefault(id(before), [])
+        new = next((p for p in shared if torch.equal(p, tensor)), None)  # what was tied and stays equal stays tied
+        if new is None:
+            new = nn.Parameter(tensor, requires_grad=before is not None and before.requires_grad)
+            shared.append(new)
         merged.originals.append((module, name, before))
         module._parameters[name] = new
     return merged

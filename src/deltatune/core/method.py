@@ -55,6 +55,10 @@ class Method(Spec):
         """Declare the tensors of this method at `site`, by name."""
         raise NotImplementedError
 
+    def takes(self, site: Site) -> bool:
+        """Whether a method on tensors acts on the parameter `site.tensor` of a chosen place."""
+        return True
+
     def unfold(self, p: Any) -> Any:
         """Return the tensors the method computes with; a reparameterized method computes them from fewer."""
         return p
@@ -90,7 +94,8 @@ class OnLinear(Method):
     """A method on linear layers, defined by what it does to their weight and bias; mergeable by definition.
 
     An embedding is the linear map of one-hot tokens, W [d, vocabulary], and a convolution that of patches, W [d_out, d_in
-    prod(kernel)]: there `weight` and `bias` are what acts, and `output` is not called.
+    prod(kernel)]: there `weight` and `bias` are what acts, and `output` is not called. A head tied to an embedding stays
+    as it is.
     """
 
     acts = "linear"
@@ -154,10 +159,6 @@ class OnTensor(Method):
 
     acts = "tensor"
     kinds = ("linear", "norm", "embedding", "conv", "grouped conv", "container")
-
-    def takes(self, site: Site) -> bool:
-        """Whether it acts on the parameter `site.tensor` of a chosen place."""
-        return True
 
     def value(self, p: Any, theta: Tensor) -> Tensor:
         """Return the parameter's new value, of the shape of `theta`."""

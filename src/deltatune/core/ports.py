@@ -6,18 +6,14 @@ and `heads` serves the attention function of the backbone.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from deltatune.core.delta import Placement
 from deltatune.core.method import Bag, Method, OnLinear
-from deltatune.core.site import Anatomy, Part, Site
-from deltatune.errors import DeltaTuneError
+from deltatune.core.site import Part, Site
 
 PORTS = "_deltatune_ports"
 Verb = Literal["pre", "post", "param", "heads"]
@@ -38,12 +34,6 @@ class Tensors:
         """Return the leaves themselves, by name."""
         trained, fixed = self.holder._parameters, self.holder._buffers
         return {leaf: trained[key] if key in trained else fixed[key] for leaf, key in self.keys.items()}  # type: ignore[misc]
-
-
-def weight_of(module: nn.Module, transposed: bool, part: Part | None) -> Tensor:
-    """Return a linear module's weight as [d_out, d_in], of one part when several roles share it."""
-    weight: Tensor = module.weight.mT if transposed else module.weight  # type: ignore[assignment,union-attr]
-    return weight if part is None else part.take(weight, 0)
 
 
 def bias_of(module: nn.Module, part: Part | None) -> Tensor | None:
@@ -89,7 +79,7 @@ class BaseView:
 
     @property
     def weight(self) -> Tensor:
-        W = weight_of(self.module, self.port.site.transposed, self.port.site.part)
+        W = self.port.site.matrix(self.module.weight)  # type: ignore[arg-type]
         for port in self._before():
             W = port.method.weight(port.tensors(W.dtype), W)
         return W
@@ -178,13 +168,35 @@ class LadderPort(StreamPort):
 class TensorPort(Port):
     """param: theta -> method.value(p, theta)."""
 
-    def param(self, theta: Tensor) -> Tensor:
+    def param(self, owner: nn.Module, theta: Tensor) -> Tensor:
         return self.method.value(self.tensors(theta.dtype), theta).to(theta.dtype)
+
+
+class WeightPort(Port):
+    """param: W -> method.weight(p, W), for a module that is no call of a linear layer but computes with such a weight."""
+
+    def param(self, owner: nn.Module, theta: Tensor) -> Tensor:
+        before = self.site.matrix(theta)
+        W = self.method.weight(self.tensors(theta.dtype), before)
+        return theta if W is before else self.site.stored(W.to(theta.dtype), theta)
+
+
+class BiasPort(Port):
+    """param: b -> method.bias(p, b); post, where the module has no place for a bias: y -> y + method.bias(p, None)."""
+
+    def param(self, owner: nn.Module, theta: Tensor | None) -> Tensor | None:
+        dtype: torch.dtype = owner.weight.dtype  # type: ignore[assignment]
+        b = self.method.bias(self.tensors(dtype), theta)
+        return None if b is None else b.to(dtype)
+
+    def post(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        b = self.method.bias(self.tensors(y.dtype), None)
+        return y if b is None else y + b.to(y.dtype)
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One port to be put at one module, under one verb; for `param`, `name` is the parameter."""
+    """One port to be put at one module, under one verb; for `param`, `name` is the parameter, of the module or inside it."""
 
     module: nn.Module
     verb: Verb
@@ -199,84 +211,3 @@ class Setting:
     owner: Any
     attribute: str
     value: Any
-
-
-Seat = tuple[Placement, Tensors]
-Built = tuple[list[Edit], list[Setting]]
-Builder = Callable[[nn.Module, Anatomy, list[Seat]], Built]
-BUILDERS: dict[str, Builder] = {}  # by `Method.acts`; backbones add those that need their attention
-
-
-def each(build: Callable[[nn.Module, Anatomy, Placement, Tensors], Built]) -> Builder:
-    """Return the builder of a term whose sites know nothing of one another."""
-
-    def builder(model: nn.Module, anatomy: Anatomy, seats: list[Seat]) -> Built:
-        built = [build(model, anatomy, placement, tensors) for placement, tensors in seats]
-        return [edit for edits, _ in built for edit in edits], [
-            setting for _, settings in built for setting in settings
-        ]
-
-    return builder
-
-
-def first_argument(module: nn.Module) -> str:
-    """Return the name of the first argument of a module's forward."""
-    names = [n for n in inspect.signature(type(module).forward).parameters if n != "self"]
-    if not names:
-        raise DeltaTuneError(
-            f"{type(module).__name__}.forward takes no argument, so there is no hidden state to act on."
-        )
-    return names[0]
-
-
-def _linear(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> Built:
-    module = model.get_submodule(placement.site.path)
-    return [Edit(module, "post", LinearPort(placement.site, placement.method, tensors))], []  # type: ignore[arg-type]
-
-
-def _stream(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> Built:
-    site = placement.site
-    enter, leave = _ends(model, site)
-    port = StreamPort(site, placement.method, tensors, first_argument(enter))
-    return [Edit(enter, "pre", port) if site.side == "in" else Edit(leave, "post", port)], []
-
-
-def _branch(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> Built:
-    enter, leave = _ends(model, placement.site)
-    port = BranchPort(placement.site, placement.method, tensors, first_argument(enter))
-    return [Edit(enter, "pre", port), Edit(leave, "post", port)], []
-
-
-def _ladder(model: nn.Module, anatomy: Anatomy, seats: list[Seat]) -> Built:
-    edits = []
-    for stack in dict.fromkeys(placement.site.stack for placement, _ in seats):
-        own = sorted((s for s in seats if s[0].site.stack == stack), key=lambda seat: seat[0].site.layer or 0)
-        ladder = Ladder()
-        for rung, (placement, tensors) in enumerate(own):
-            module = model.get_submodule(placement.site.path)
-            ends = rung == 0, rung == len(own) - 1
-            port = LadderPort(placement.site, placement.method, tensors, first_argument(module), ladder, *ends)
-            edits.append(Edit(module, "post", port))
-        top = own[-1][0].site
-        if stack in {s.name for s in anatomy.stacks} and top.layer != anatomy.stack(stack).layers - 1:
-            raise DeltaTuneError(
-                f"{seats[0][0].method} ends at {top.path!r}, but a ladder hands its result on behind the last block; "
-                f"include block[-1] in its where."
-            )
-    return edits, []
-
-
-def _ends(model: nn.Module, site: Site) -> tuple[nn.Module, nn.Module]:
-    """Return the modules at which a site begins and ends."""
-    module = model.get_submodule(site.path)
-    return module, module if site.exit is None else model.get_submodule(site.exit)
-
-
-def _tensor(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> Built:
-    site = placement.site
-    port = TensorPort(site, placement.method, tensors)
-    where = [(site.path, site.tensor or ""), *site.ties]
-    return [Edit(model.get_submodule(path), "param", port, name) for path, name in where], []
-
-
-BUILDERS.update(linear=each(_linear), stream=each(_stream), branch=each(_branch), ladder=_ladder, tensor=each(_tensor))

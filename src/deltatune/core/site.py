@@ -179,7 +179,7 @@ class Site:
         )
 
 
-def reader(model: nn.Module, path: str) -> str | None:
+def read_by(model: nn.Module, path: str) -> str | None:
     """Return the path of the module that reads this module's parameters and never calls it, or None when it is called.
 
     torch's attention reads its output projection so, with no call that a port could change.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
 from deltatune.core.attach import Attachment, attach
 from deltatune.core.weights import Weights
+
+# readers of other libraries' folders by the file that marks one; `deltatune.formats` adds them
+READERS: dict[str, Callable[[nn.Module, Path], Weights]] = {}
 
 
 def save(what: Attachment | Weights, folder: Path | str) -> None:
@@ -16,5 +20,15 @@ def save(what: Attachment | Weights, folder: Path | str) -> None:
 
 
 def load(model: nn.Module, path: Path | str, name: str | None = None, check: bool = True) -> Attachment:
-    """Read weights from a folder or file and attach them; raises `DeltaTuneError` when they were made for another backbone."""
-    return attach(model, Weights.read(path), name, check=check)
+    """Read weights from a folder or file, of deltatune or of a library in `formats`, and attach them.
+
+    Raises `DeltaTuneError` when they were made for another backbone.
+    """
+    return attach(model, _read(model, Path(path)), name, check=check)
+
+
+def _read(model: nn.Module, path: Path) -> Weights:
+    for mark, reader in READERS.items():
+        if (path / mark).is_file() and not (path / "delta.safetensors").exists():
+            return reader(model, path)
+    return Weights.read(path)

@@ -35,18 +35,31 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> Trace:
     adapted = {path: module for path, module in model.named_modules() if PORTS in module.__dict__}
     if not adapted:
         raise DeltaTuneError("no delta is attached to this model; attach one, then trace.")
-    called: set[int] = set()
-    with _watched(adapted, called), torch.no_grad():
+    watcher = Watcher()
+    with _watched(adapted, watcher), torch.no_grad():
         model(**example)
-    fired = tuple(path for path, module in adapted.items() if id(module) in called)
+    fired = tuple(path for path, module in adapted.items() if id(module) in watcher.called)
     return Trace(fired, tuple(path for path in adapted if path not in fired))
 
 
+class Watcher:
+    """pre: remembers which modules were called; a hook would tell torch to leave the fast path that is to be seen."""
+
+    def __init__(self) -> None:
+        self.called: set[int] = set()
+
+    def pre(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        self.called.add(id(module))
+        return args, kwargs
+
+
 @contextmanager
-def _watched(adapted: Mapping[str, nn.Module], called: set[int]) -> Iterator[None]:
-    handles = [m.register_forward_pre_hook(lambda module, _: called.add(id(module))) for m in adapted.values()]
+def _watched(adapted: Mapping[str, nn.Module], watcher: Watcher) -> Iterator[None]:
+    kept = [(module.__dict__[PORTS], module.__dict__[PORTS].pre) for module in adapted.values()]
     try:
+        for ports, pre in kept:
+            ports.pre = (watcher, *pre)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for ports, pre in kept:
+            ports.pre = pre

@@ -123,16 +123,16 @@ def _layers(text: str | None, where: str) -> slice | int | None:
 
 
 def select(model: nn.Module, where: str, anatomy: Anatomy) -> list[Site]:
-    """Return the sites of `where` in `model`, in the order of the alternatives and of the blocks, each once."""
+    """Return the sites of `where` in `model`, in the order of the alternatives and of the blocks, each module once."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[tuple[str, object, str | None, str], Site] = {}
+    found: dict[tuple[int, object, str | None, str], Site] = {}
     for atom in parse(where):
         places = _by_path(atom, modules) if atom.path is not None else _by_role(atom, anatomy)
         if not places and not atom.optional:
             raise _nothing(atom, where, anatomy, modules)
         for place in places:
-            key = (place.path, place.part, place.exit, atom.side)
-            found.setdefault(key, _site(place, atom, modules[place.path], anatomy))
+            module = modules[place.path]  # under several paths it is still one place, with one set of ports
+            found.setdefault((id(module), place.part, place.exit, atom.side), _site(place, atom, module, anatomy))
     return list(found.values())
 
 

@@ -62,6 +62,9 @@ class Combined(Method):
         mine = {f"{i}/{n}": leaf for i, child in enumerate(self.children) for n, leaf in child.leaves(site).items()}
         return {**mine, **self.own(site)}
 
+    def takes(self, site: Site) -> bool:
+        return all(child.takes(site) for child in self.children)
+
     def unfold(self, p: Any) -> Any:
         own: Any = Bag({name: tensor for name, tensor in vars(p).items() if "/" not in name})
         own.kids = [child.unfold(Bag(leaves)) for child, leaves in self._split(p)]
@@ -70,6 +73,15 @@ class Combined(Method):
     def draw(self, p: Any, generator: Generator) -> dict[str, Tensor]:
         drawn = [child.draw(Bag(leaves), generator) for child, leaves in self._split(p)]
         return {f"{i}/{name}": tensor for i, tensors in enumerate(drawn) for name, tensor in tensors.items()}
+
+    def step(self, sites: list[Any], step: int, steps: int) -> list[dict[str, Tensor]] | None:
+        changed: list[dict[str, Tensor]] = [{} for _ in sites]
+        split = [self._split(p) for p in sites]
+        for i, child in enumerate(self.children):
+            found = child.step([Bag(own[i][1]) for own in split], step, steps) or []
+            for all_of_site, change in zip(changed, found, strict=False):
+                all_of_site.update({f"{i}/{name}": tensor for name, tensor in change.items()})
+        return changed
 
     def penalty(self, p: Any) -> Tensor | None:
         found = [child.penalty(q) for child, q in zip(self.children, p.kids, strict=True)]

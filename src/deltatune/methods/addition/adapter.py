@@ -68,6 +68,11 @@ def pfeiffer(size: int = 48) -> Delta:
     return Adapter(size, "relu").at("ffn.down:out")
 
 
+def adapter_plus(size: int = 8) -> Delta:
+    """One adapter a block behind the FFN, whose channel scale is part of U (Adapter+: Steitz and Roth, 2024, arXiv:2406.06820)."""
+    return Adapter(size).at("ffn.down:out")
+
+
 def adapterdrop(size: int = 64, first: int = 5) -> Delta:
     """Houlsby's places without the first blocks of every stack (Rueckle et al., 2021)."""
     return Adapter(size).at(f"{{attn.o[{first}:],cross.o[{first}:]?,ffn.down[{first}:]}}:out")

@@ -5,8 +5,8 @@
 
 A: [n, n, n] is shared by all sites; d: [size]; u: [d]; f is gelu (tanh form). A starts N(0, 1e-4^2), the factors Glorot
 uniform and the biases at zero, so the delta starts neutral up to about 1e-8. Parameters: n^3 once, and
-2 rank (d + size) + size + d a site. `PHMAdapter` has whole matrices D_i: [d / n, size / n] and U_i instead of factors:
-n^3 once, and 2 d size / n + size + d. The paper trains the norms as well: `compacter() + LNTuning()`.
+2 rank (d + size) + size + d a site. `PHMAdapter` has whole matrices D_i: [d / n, size / n] and U_i instead of factors.
+The paper trains the norms as well: `compacter() + LNTuning()`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ BOTH = "{attn.o,cross.o?,ffn.down}:out"
 
 @dataclass(frozen=True)
 class PHMAdapter(OnStream):
-    """Adapter with D = sum_i A_i (x) D_i and U = sum_i A_i (x) U_i (Karimi Mahabadi et al., 2021; Zhang et al., 2021)."""
+    """Adapter with D = sum_i A_i (x) D_i and U = sum_i A_i (x) U_i (Karimi Mahabadi et al., 2021; Zhang et al., 2021).
+
+    Parameters: n^3 once, and 2 d size / n + size + d a site.
+    """
 
     size: int = 24
     n: int = 4

@@ -1,9 +1,9 @@
 """HyperFormer: adapters whose weights a shared network makes, task by task and site by site (Karimi Mahabadi et al., 2021,
 arXiv:2106.04489).
 
+    h' = h + f(h D^T) U^T                                D = reshape(I G_D^T)   U = reshape(I G_U^T)
     I = relu([z_task, l] H_1^T + h_1) H_2^T + h_2        z: [tasks, e]   l: [e]   H_1: [hidden, 2 e]   H_2: [e, hidden]
-    D = reshape(I G_D^T), U = reshape(I G_U^T)           G_D: [size d, e]   G_U: [d size, e]
-    h' = h + f(h D^T) U^T
+                                                         G_D: [size d, e]   G_U: [d size, e]
 
 All but the site's embedding l, which stands for the paper's layer and position, is shared by all sites; sites of unlike
 widths have G_D and G_U of their own. z and l start N(0, 1), H_1, H_2 and G_D uniform (Kaiming), G_U at zero, so the delta

@@ -1,7 +1,7 @@
 """(IA)^3: keys, values and the FFN's inner activations are rescaled (Liu et al., 2022, arXiv:2205.05638).
 
-    at a module's output:  y' = l * y             W' = l W,   b' = l * b     l: [d_out, 1]
-    at a module's input:   y' = W (l * x) + b     W' = W * l                 l: [1, d_in]
+    y' = l * y             W' = l W,   b' = l * b     l: [d_out, 1]     at a module's output
+    y' = W (l * x) + b     W' = W * l                 l: [1, d_in]      at a module's input
 
 The where's side says which. l starts at one, so the delta starts neutral. Parameters: d_out a site at outputs, d_in at
 inputs; 2 d_kv + d_ff a layer at the default place.

@@ -1,11 +1,11 @@
 """Invertible adapter: the embedding is mapped to another space, and back before the head (Pfeiffer et al., 2020, arXiv:2005.00052).
 
-    behind the embedding, e = [e1; e2]:    o1 = e1 + F(e2),   o2 = e2 + G(o1)
-    before the head,      o = [o1; o2]:    e2 = o2 - G(o1),   e1 = o1 - F(e2)
+    o1 = e1 + F(e2), o2 = e2 + G(o1)       behind the embedding, e = [e1; e2]
+    e2 = o2 - G(o1), e1 = o1 - F(e2)       before the head,      o = [o1; o2]
     F(z) = relu(z F1^T + f1) F2^T + f2     F1: [c, d2]   F2: [d1, c]   (G alike), d1 + d2 = d, c = half of the input
 
 Both places share their tensors, and the second undoes the first (NICE: Dinh et al., 2015). F1 and G1 start N(0, 0.02^2),
-F2 and G2 at zero, so the delta starts neutral. Parameters, once, for an even d: d^2 / 2 + 3 d / 2.
+F2 and G2 at zero, so the delta starts neutral. Parameters: d^2 / 2 + 3 d / 2 once, for an even d.
 """
 
 from __future__ import annotations

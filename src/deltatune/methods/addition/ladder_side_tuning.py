@@ -1,9 +1,9 @@
 """Ladder side-tuning: a small network beside the backbone, which no gradient enters (Sung et al., 2022, arXiv:2206.06522).
 
-    g = sigmoid(alpha / temperature)                         alpha: [1], a site
+    h' = h + s U^T behind the last block                     U: [d_h, m], one a stack
     s' = g s + (1 - g) (h D^T + d)                           D: [m, d_h]   m = d_h / reduction
     s'' = s' + relu(norm(s') W_1^T + b_1) W_2^T + b_2        W_1: [4 m, m]   W_2: [m, 4 m]
-    h' = h + s U^T, behind the last block                    U: [d_h, m], one a stack
+    g = sigmoid(alpha / temperature)                         alpha: [1], a site
 
 h is a block's output and s = 0 before the first rung. Rungs are pointwise, so that generation needs no second cache; the
 paper's rungs are whole blocks, pruned from the backbone's. norm is the root-mean-square norm without a gain. alpha and U

@@ -1,6 +1,6 @@
 """Trainable tokens: the embeddings of a few tokens are trained (peft, 2025; no paper).
 
-    E'[tokens[i]] = rows[i],   other rows as they are        E: [vocabulary, d]   rows: [len(tokens), d]
+    E'[tokens[i]] = rows[i]        other rows as they are   E: [vocabulary, d]   rows: [len(tokens), d]
 
 rows start as the backbone's own, so the delta starts neutral. A token below 0 counts from the end of the vocabulary, so
 the default is the token added last. The head's rows are trained too, and a head tied to the embedding has the same ones;

@@ -1,6 +1,6 @@
 """AtPositions: a method on hidden states at the first or the last tokens of a text only (ReFT: Wu et al., 2024, arXiv:2404.03592).
 
-    h'_t = m(h)_t  for t < first or t >= n - last,  else h_t
+    h'_t = m(h)_t for t < first or t >= n - last, else h_t
 
 t counts a row's tokens from the first one that is not padding, in cached generation too; n is the row's length. `first`
 holds for every stack: a row shorter than that is changed whole, and so are the tokens generated behind it, up to that

@@ -1,7 +1,7 @@
 """AdapterFusion: attention over what several trained methods make of one hidden state (Pfeiffer et al., 2021, arXiv:2005.00247).
 
-    a = softmax_i(x Q^T K z_i)        z_i = m_i(y)
-    y' = sum_i a_i V z_i              Q, K: [d, d_query] as maps into one space, V: [d_out, d_out]
+    y' = sum_i a_i V z_i              z_i = m_i(y)   a = softmax_i(x Q^T K z_i)
+                                      Q, K: [d, d_query] as maps into one space, V: [d_out, d_out]
 
 x is what goes in (for hidden states: the state itself). Q and K start N(0, 0.02^2), V as the identity, so that a fusion of
 neutral methods starts neutral. Parameters: size (d_in + d_out) + d_out^2 a site, and those of the methods, which stay as they

@@ -8,16 +8,19 @@ n d a site, and those of the methods.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deltatune.core.delta import place
 from deltatune.core.leaf import Leaf, Normal
-from deltatune.core.method import Method
+from deltatune.core.method import Bag, Method
 from deltatune.core.site import Site
+from deltatune.core.weights import Weights, init
 from deltatune.errors import DeltaTuneError
 from deltatune.methods._combined import Combined
 from deltatune.methods._mixed import no_heads, some
@@ -50,9 +53,58 @@ class Mixture(Combined):
         width = site.width if self.acts == "stream" else site.d_in
         return {"R": Leaf((len(self.methods), width), Normal(0.02))}
 
+    def scores(self, p: Any, x: Tensor) -> Tensor:
+        """Return how well each method fits each token, [..., n]."""
+        return F.linear(x, p.R)
+
     def mix(self, p: Any, x: Tensor, before: Tensor, after: list[Tensor]) -> Tensor:
-        scores = F.linear(x, p.R) / self.temperature
+        scores = self.scores(p, x) / self.temperature
         least = scores.topk(self.top or scores.shape[-1], -1).values[..., -1:]
         shares = scores.masked_fill(scores < least, -torch.inf).softmax(-1)
         changes = torch.stack(after, -1) - before[..., None]
         return before + torch.einsum("...dn,...n->...d", changes, shares)
+
+
+@dataclass(frozen=True)
+class Arrow(Mixture):
+    """Mixture of trained methods without a trained router: scores |x R^T|, R from `arrow` (Ostapenko et al., 2024)."""
+
+    def own(self, site: Site) -> dict[str, Leaf]:
+        return {name: replace(leaf, trained=False, stored=True) for name, leaf in super().own(site).items()}
+
+    def scores(self, p: Any, x: Tensor) -> Tensor:
+        return super().scores(p, x).abs()
+
+
+@torch.no_grad()
+def arrow(model: nn.Module, experts: Sequence[Weights], top: int = 3, temperature: float = 1.0) -> Weights:
+    """Return the mixture of weights trained apart; row i of R is the direction that expert i's change answers most to.
+
+    That is the first right singular vector of W'_i - W (Ostapenko et al., 2024, arXiv:2405.11157). Raises `DeltaTuneError`
+    unless every expert is one method on linear layers at one and the same where.
+    """
+    terms = [w.delta.terms for w in experts]
+    if (
+        not experts
+        or any(len(t) != 1 or t[0].method.acts != "linear" for t in terms)
+        or len({t[0].where for t in terms}) > 1
+    ):
+        raise DeltaTuneError(
+            f"arrow mixes weights of one method on linear layers at one where; found {', '.join(str(w.delta) for w in experts)}."
+        )
+    delta = Arrow(tuple(t[0].method for t in terms), min(top, len(experts)), temperature).at(terms[0][0].where)
+    started = init(delta, model)
+    tensors, fixed = dict(started.tensors), dict(started.fixed)
+    for placement in place(model, delta):
+        rows = []
+        for i, expert in enumerate(experts):
+            own = {n: expert.held[f"0.{placement.site.address}.{n}"] for n in terms[i][0].method.leaves(placement.site)}
+            tensors |= {placement.name(f"{i}/{n}"): tensor for n, tensor in own.items()}
+            rows.append(_direction(terms[i][0].method, own, placement.site))
+        fixed[placement.name("R")] = torch.stack(rows)
+    return Weights(delta, tensors, started.backbone, started.seed, fixed=fixed)
+
+
+def _direction(method: Any, leaves: dict[str, Tensor], site: Site) -> Tensor:
+    change = method.computes.weight(method.unfold(Bag(leaves)), torch.zeros(site.d_out, site.d_in))
+    return torch.linalg.svd(change, full_matrices=False).Vh[0]

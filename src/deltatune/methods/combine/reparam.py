@@ -1,6 +1,6 @@
 """Reparam: a method whose leaves are computed from others.
 
-    Reparam(inner, through):   leaves of inner = through(fewer or other leaves)
+    p = through(q)        p: the leaves of the inner method   q: fewer leaves, or other ones, which are trained instead
 
 `MLP` computes leaves of shape [length, c] from one matrix that all sites share (Li and Liang, 2021; P-tuning: Liu et al., 2021):
 
@@ -62,6 +62,14 @@ class Reparam(Method):
     inner: Method
     through: Map = MLP()
 
+    def __post_init__(self) -> None:
+        kind = type(self.inner)
+        if kind.draw is not Method.draw or kind.step is not Method.step:
+            raise DeltaTuneError(
+                f"{self.inner} moves leaves of its own while it is trained, which Reparam computes from others; "
+                "train it as it is."
+            )
+
     @property
     def where(self) -> str:  # type: ignore[override]
         """The inner method's default place."""
@@ -84,6 +92,9 @@ class Reparam(Method):
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         return self.through.leaves(self.inner.leaves(site))
+
+    def takes(self, site: Site) -> bool:
+        return self.inner.takes(site)
 
     @property
     def computes(self) -> Method:

@@ -5,7 +5,7 @@
 `Reparam(PromptTuning(), through=Subspace(dim=5))` is intrinsic prompt tuning in a random subspace: W is drawn from the seed
 and b is the method's own start. With `basis=Found()` it is the second phase of the paper: W and b come from the weights of many
 tasks, `init(..., evidence={"subspace": subspace(weights, dim)})`, whose best linear decoder is their principal components.
-The same z space serves adapters, LoRA and prefixes. Parameters: dim.
+`unified_subspace` finds one z space for adapters, LoRA and prefixes. Parameters: dim.
 """
 
 from __future__ import annotations
@@ -91,22 +91,44 @@ class Subspace(Map):
         return {**moved, **{n[5:]: tensor for n, tensor in leaves.items() if n.startswith("keep_")}}
 
 
-def subspace(weights: Sequence[Weights], dim: int) -> dict[str, tuple[Tensor, Tensor]]:
+Evidence = dict[str, tuple[Tensor, Tensor]]
+
+
+def subspace(weights: Sequence[Weights], dim: int) -> Evidence:
     """Return {address.leaf: (W, b)} of the `dim`-dimensional affine space nearest to the weights of several tasks.
 
     Raises `DeltaTuneError` unless there are more than `dim` weights, all of one delta.
     """
-    if len(weights) <= dim or len({w.delta for w in weights}) != 1:
+    return unified_subspace([weights], dim)[0]
+
+
+def unified_subspace(families: Sequence[Sequence[Weights]], dim: int) -> list[Evidence]:
+    """Return one subspace for each family of weights (adapters, LoRA, prefixes, ...) whose coordinates z mean the same in all.
+
+    Each family has weights of one delta for the same tasks in the same order and counts alike, whatever its size; a z found
+    with one delta serves another (Yi et al., 2022). Raises `DeltaTuneError` unless there are more than `dim` tasks in each.
+    """
+    counts = {len(weights) for weights in families}
+    if len(counts) != 1 or min(counts) <= dim or any(len({w.delta for w in weights}) != 1 for weights in families):
         raise DeltaTuneError(
-            f"a subspace of {dim} dimensions needs more than {dim} weights of one delta; found {len(weights)}."
+            f"a subspace of {dim} dimensions needs more than {dim} weights of one delta, and as many of every family; "
+            f"found {', '.join(str(len(weights)) for weights in families)}."
         )
-    points = torch.stack([torch.cat([t.float().flatten() for t in w.tensors.values()]) for w in weights])
-    mean = points.mean(0)
-    _, S, V = torch.linalg.svd(points - mean, full_matrices=False)
-    W = (V[:dim] * S[:dim, None] / len(weights) ** 0.5).T  # z of unit variance spans what the tasks spanned
+    points = [torch.stack([torch.cat([t.float().flatten() for t in w.tensors.values()]) for w in f]) for f in families]
+    means = [each.mean(0) for each in points]
+    sizes = [(each - mean).norm().clamp(min=1e-12) for each, mean in zip(points, means, strict=True)]
+    joined = torch.cat([(each - mean) / size for each, mean, size in zip(points, means, sizes, strict=True)], 1)
+    _, S, V = torch.linalg.svd(joined, full_matrices=False)
+    W = (V[:dim] * S[:dim, None] / len(joined) ** 0.5).T  # z of unit variance spans what the tasks spanned
+    parts = W.split([mean.numel() for mean in means])
+    return [_split(f[0], mean, part * size) for f, mean, part, size in zip(families, means, parts, sizes, strict=True)]
+
+
+def _split(weights: Weights, mean: Tensor, W: Tensor) -> Evidence:
     found, start = {}, 0
-    for name, tensor in weights[0].tensors.items():
+    for name, tensor in weights.tensors.items():
         end = start + tensor.numel()
-        found[name.partition(".")[2]] = (W[start:end].reshape(*tensor.shape, dim), mean[start:end].view(tensor.shape))
+        shape = (*tensor.shape, W.shape[1])
+        found[name.partition(".")[2]] = (W[start:end].reshape(shape), mean[start:end].view(tensor.shape))
         start = end
     return found

@@ -43,7 +43,7 @@ class C3A(OnLinear):
 
     def weight(self, p: Any, W: Tensor) -> Tensor:
         t = torch.arange(p.w.shape[-1], device=p.w.device)
-        C = p.w[..., (t - t[:, None]) % self.block]
+        C = p.w[..., (t - t[:, None]) % p.w.shape[-1]]
         return W + (C.transpose(1, 2).reshape(W.shape) / W.shape[1]).to(W.dtype)
 
     def output(self, p: Any, x: Tensor, y: Tensor, base: Base) -> Tensor:

@@ -53,6 +53,7 @@ class FRoD(OnLinear):
     share: float = 0.01
 
     where = "{attn.{q,v},cross.{q,v}?}"
+    kinds = ("linear", "conv")  # a basis [d_in, d_in] of a vocabulary fits no memory
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:

@@ -1,10 +1,11 @@
-"""Intrinsic dimension: all parameters moved by one short vector (Aghajanyan et al., 2021, arXiv:2012.13255; Li et al., 2018, arXiv:1804.08838).
+"""Intrinsic dimension: all parameters moved by one short vector (Aghajanyan et al., 2021, arXiv:2012.13255; Li et al.,
+2018, arXiv:1804.08838).
 
-    DID:   theta_i' = theta_i + (P z)_i                z: [dim], one for the whole delta
-    SAID:  theta_i' = theta_i + lambda_i (P z)_i       lambda_i: [1], one for each parameter tensor
+    DID: theta_i' = theta_i + (P z)_i                  z: [dim], one for the whole delta
+    SAID: theta_i' = theta_i + lambda_i (P z)_i        lambda_i: [1], one for each parameter tensor
 
 P is a Fastfood projection, drawn from the seed for each parameter tensor and never stored. z starts at zero and lambda at
-one, so the delta starts neutral. Parameters: dim (DID), dim + tensors (SAID).
+one, so the delta starts neutral. Parameters: dim in all.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ class DID(OnTensor):
 
 @dataclass(frozen=True)
 class SAID(DID):
-    """Structure-aware intrinsic dimension: theta' = theta + lambda P z (Aghajanyan et al., 2021)."""
+    """Structure-aware intrinsic dimension: theta' = theta + lambda P z (Aghajanyan et al., 2021).
+
+    Parameters: dim + the number of parameter tensors in all.
+    """
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         return {**super().leaves(site), "scale": Leaf((1,), Ones())}

@@ -3,7 +3,8 @@
     f'(x) = f(x) + b        b: [d_out]
 
 at every linear and every norm, whether the backbone has a bias there or not (T5 and Llama have none). b starts at zero,
-so the delta starts neutral. Parameters: 7 d + d_ff a layer (Ding et al., 2022, table 1); `bitfit_subset()`: d + d_ff.
+so the delta starts neutral. Parameters: d_out a site, 7 d + d_ff a layer of BERT (Ding et al., 2022, table
+1). `bitfit_subset()` has d + d_ff of them.
 """
 
 from __future__ import annotations

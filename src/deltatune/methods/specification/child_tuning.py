@@ -1,10 +1,10 @@
 """Child-tuning: each step trains a part of the parameters (Xu et al., 2021, arXiv:2109.05687).
 
-    task-free:    d loss / d value = g * mask,   mask ~ Bernoulli(keep) / keep, drawn anew at every step
-    task-driven:  theta' = theta + value at index, the share of theta with the largest Fisher information
+    ChildTuning: theta' = value, d loss / d value = g * mask        mask ~ Bernoulli(keep) / keep, anew at every step
+    ChildTuningD: theta' = theta + value at index                   the share of theta with the largest Fisher information
 
-`ChildTuning` is task-free: theta' = value, which starts as a copy of theta. `ChildTuningD` is task-driven: value starts
-at zero and index comes from the evidence `fisher`. Both start neutral. Parameters: |theta|, or share |theta|.
+`ChildTuning` is task-free: value starts as a copy of theta. `ChildTuningD` is task-driven: value starts at zero and index
+comes from the evidence `fisher`. Both start neutral. Parameters: |theta|.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class ChildTuning(OnTensor):
 
 @dataclass(frozen=True)
 class ChildTuningD(OnTensor):
-    """Task-driven child-tuning: the share of every parameter with the largest Fisher information (Xu et al., 2021)."""
+    """Task-driven child-tuning: the share of every parameter with the largest Fisher information (Xu et al., 2021).
+
+    Parameters: share |theta|.
+    """
 
     share: float = 0.3
 

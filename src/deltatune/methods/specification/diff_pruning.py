@@ -1,13 +1,13 @@
 """Diff pruning: a sparse change of every parameter, its sparsity learned (Guo et al., 2021, arXiv:2012.07463).
 
-    theta' = theta + z * w                                        w, alpha, noise: the shape of theta
+    DiffPruning: theta' = theta + z * w                           w, alpha, noise: the shape of theta
+    StructuredDiffPruning: theta' = theta + z_t z * w             z_t: [1], a gate like z for each parameter tensor
     z = clamp(s (high - low) + low, 0, 1),   s = sigmoid(alpha + noise),   noise = log u - log(1 - u)
     penalty = cost sum_i sigmoid(alpha_i - log(-low / high))      the expected number of entries that change
 
 u ~ U(1e-4, 1 - 1e-4) is drawn anew at every training step; outside training u = 1/2, so the gate is deterministic.
-w starts at zero, so the delta starts neutral; alpha starts at 5 (gates open). Parameters: 2 |theta| in phase 1, and one
-more a parameter tensor where `StructuredDiffPruning` adds a gate to each. Phase 2: `prune` keeps the largest share of
-all changes, and `FixedMask` trains these on: share |theta| parameters.
+w starts at zero, so the delta starts neutral; alpha starts at 5 (gates open). Parameters: 2 |theta|. Phase 2: `prune`
+keeps the largest share of all changes, and `FixedMask` trains these on.
 """
 
 from __future__ import annotations
@@ -21,19 +21,12 @@ from torch import Generator, Tensor, nn
 
 from deltatune.core.delta import Delta, Term, place
 from deltatune.core.leaf import Constant, Leaf
-from deltatune.core.method import Bag, OnTensor
+from deltatune.core.method import Bag, Method, OnTensor
 from deltatune.core.site import Site
+from deltatune.core.spec import build
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
-from deltatune.methods._sparse import (
-    Counts,
-    RandomEntries,
-    add_at,
-    by_module,
-    check_share,
-    size,
-    top_of_all,
-)
+from deltatune.methods._sparse import Counts, by_module, check_share, top_of_all
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,10 @@ class DiffPruning(OnTensor):
 
 @dataclass(frozen=True)
 class StructuredDiffPruning(DiffPruning):
-    """Diff pruning with a second gate for every parameter tensor: theta' = theta + z_tensor z * w (Guo et al., 2021)."""
+    """Diff pruning with a second gate for every parameter tensor: theta' = theta + z_tensor z * w (Guo et al., 2021).
+
+    Parameters: 2 |theta| + 1 a parameter tensor.
+    """
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         own = Leaf((1,), Constant(self.alpha), rate=self.gate_rate)
@@ -105,29 +101,6 @@ def _logistic(like: Tensor, generator: Generator) -> Tensor:
     return torch.logit(u).to(like)
 
 
-@dataclass(frozen=True)
-class FixedMask(OnTensor):
-    """Phase 2 of diff pruning: theta' = theta + value at fixed entries (Guo et al., 2021); `prune` says which.
-
-    `counts` gives the number of entries by address; without it, `share` of every tensor's, drawn at random.
-    """
-
-    share: float = 0.005
-    counts: Counts = ()
-
-    where = "block"
-
-    def __post_init__(self) -> None:
-        check_share("FixedMask", self.share)
-
-    def leaves(self, site: Site) -> dict[str, Leaf]:
-        k = (size(site, self.share, self.counts),)
-        return {"value": Leaf(k), "index": Leaf(k, RandomEntries(), trained=False, stored=True)}
-
-    def value(self, p: Any, theta: Tensor) -> Tensor:
-        return add_at(theta, p.index, p.value)
-
-
 @torch.no_grad()
 def prune(model: nn.Module, weights: Weights, share: float = 0.005) -> Weights:
     """Return the largest `share` of all changes z * w as weights of `FixedMask`: phase 2 of diff pruning starts from them."""
@@ -144,7 +117,7 @@ def prune(model: nn.Module, weights: Weights, share: float = 0.005) -> Weights:
         sites.append(placement.site)
         changes.append(method.mask(p) * held["w"])
     picked = top_of_all([change.abs() for change in changes], share)
-    terms = tuple(Term(where, FixedMask(share, counts)) for where, counts in by_module(sites, picked).items())
+    terms = tuple(Term(where, _fixed(share, counts)) for where, counts in by_module(sites, picked).items())
     tensors, fixed = {}, {}
     kept = {
         site.address: (change.flatten(), places) for site, change, places in zip(sites, changes, picked, strict=True)
@@ -153,3 +126,7 @@ def prune(model: nn.Module, weights: Weights, share: float = 0.005) -> Weights:
         change, places = kept[placement.site.address]
         tensors[placement.name("value")], fixed[placement.name("index")] = change[places], places
     return Weights(Delta(terms), tensors, weights.backbone, weights.seed, weights.notes, fixed)
+
+
+def _fixed(share: float, counts: Counts) -> Method:
+    return build("FixedMask", {"share": share, "counts": counts}, Method)

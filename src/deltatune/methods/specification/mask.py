@@ -1,6 +1,6 @@
 """Masking: the weights stay, a binary mask chooses among them (Zhao et al., 2020, arXiv:2004.12406).
 
-    W' = M * W,   M = 1[m > threshold]        m, M: [d_out, d_in]
+    W' = M * W        M = 1[m > threshold]   m, M: [d_out, d_in]
 
 The gradient of M is handed to m as it is (straight through). m starts uniform in (-scale, b), with b such that the share
 `sparsity` of M starts at 0. Parameters: d_in d_out a site, of which one bit each is needed after training. The paper
