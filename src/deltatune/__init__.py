@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deltatune.backbones.load import Backbone, load_backbone
+    from deltatune.core.arithmetic import combine, negate, slerp
     from deltatune.core.attach import Attachment, attach, attachments
+    from deltatune.core.convert import Report, changes, to_full, to_lora
     from deltatune.core.delta import Delta, SiteTable, parse, sites
+    from deltatune.core.evidence import evidence, needs
     from deltatune.core.flatten import flatten
     from deltatune.core.merge import Merged, merge, merge_
     from deltatune.core.store import load, save
+    from deltatune.core.task_vectors import dare, magnitude_prune, task_arithmetic, ties
     from deltatune.core.trace import Trace, trace
     from deltatune.core.weights import Fingerprint, Weights, fingerprint, init
     from deltatune.errors import DeltaTuneError
@@ -31,12 +35,17 @@ __version__ = "0.1.0"
 
 # verbs and nouns by the module that has them; methods, their presets and other values are found by their own name
 _HOMES = {
+    "core.arithmetic": ("combine", "negate", "slerp"),
     "core.attach": ("Attachment", "attach", "attachments"),
+    "core.convert": ("Report", "changes", "to_full", "to_lora"),
     "core.delta": ("Delta", "SiteTable", "parse", "sites"),
     "core.merge": ("Merged", "merge", "merge_"),
     "core.store": ("load", "save"),
+    "core.task_vectors": ("dare", "magnitude_prune", "task_arithmetic", "ties"),
     "core.trace": ("Trace", "trace"),
     "core.flatten": ("flatten",),
+    "backbones.keys_values": ("keys_values",),
+    "tuning.structure": ("Structure", "search_structure"),
     "core.weights": ("Fingerprint", "Weights", "fingerprint", "init"),
     "errors": ("DeltaTuneError",),
     "backbones.load": ("Backbone", "load_backbone"),

@@ -33,7 +33,8 @@ def test_three_steps_are_three_steps_of_fine_tuning_with_masked_gradients():
             parameter.grad *= drawn[name]
         for name in names:
             torch.testing.assert_close(names[name].grad, theirs[name].grad, rtol=1e-5, atol=1e-8)
-        ours_opt.step(), their_opt.step()
+        ours_opt.step()
+        their_opt.step()
     torch.testing.assert_close(output(model), output(reference), rtol=0, atol=1e-5)
 
 

@@ -58,7 +58,8 @@ def test_the_value_and_the_penalty_are_the_papers(structured):
 
 def test_the_gradients_are_those_of_the_authors_chain_rule():
     p, _, _ = bag(False)
-    p.w.requires_grad_(True), p.alpha.requires_grad_(True)
+    p.w.requires_grad_(True)
+    p.alpha.requires_grad_(True)
     g = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
     method = dt.DiffPruning()
     (method.value(p, torch.zeros(3, 4, dtype=torch.float64)) * g).sum().backward()

@@ -52,6 +52,7 @@ def test_shira_equals_peft_with_the_same_entries():
     attachment = dt.attach(model, weights)
     index = attachment.leaves._buffers["0/0/index"]
     attachment.detach()
+    assert index is not None
     assert index.dtype == torch.int64 and len(set(index.tolist())) == len(index) and not weights.fixed
     layer.shira_indices["default"] = torch.stack([index // 24, index % 24]).int()
     compare(theirs, layer.shira_weight["default"], weights, model)
