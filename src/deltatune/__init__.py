@@ -45,6 +45,7 @@ _HOMES = {
     "core.trace": ("Trace", "trace"),
     "core.flatten": ("flatten",),
     "backbones.keys_values": ("keys_values",),
+    "formats.peft": ("read_peft", "write_peft"),
     "tuning.structure": ("Structure", "search_structure"),
     "core.weights": ("Fingerprint", "Weights", "fingerprint", "init"),
     "errors": ("DeltaTuneError",),
@@ -59,6 +60,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
     import_module("deltatune.methods")
     import_module("deltatune.backbones")
+    import_module("deltatune.formats")
     for home, names in _HOMES.items():
         if name in names:
             return vars(import_module(f"deltatune.{home}"))[name]

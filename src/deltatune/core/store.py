@@ -11,7 +11,7 @@ from deltatune.core.attach import Attachment, attach
 from deltatune.core.weights import Weights
 
 # readers of other libraries' folders by the file that marks one; `deltatune.formats` adds them
-READERS: dict[str, Callable[[nn.Module, Path], Weights]] = {}
+READERS: dict[str, Callable[[nn.Module, Path, bool], Weights]] = {}
 
 
 def save(what: Attachment | Weights, folder: Path | str) -> None:
@@ -24,11 +24,11 @@ def load(model: nn.Module, path: Path | str, name: str | None = None, check: boo
 
     Raises `DeltaTuneError` when they were made for another backbone.
     """
-    return attach(model, _read(model, Path(path)), name, check=check)
+    return attach(model, _read(model, Path(path), check), name, check=check)
 
 
-def _read(model: nn.Module, path: Path) -> Weights:
+def _read(model: nn.Module, path: Path, check: bool) -> Weights:
     for mark, reader in READERS.items():
         if (path / mark).is_file() and not (path / "delta.safetensors").exists():
-            return reader(model, path)
+            return reader(model, path, check)
     return Weights.read(path)

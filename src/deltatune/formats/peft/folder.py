@@ -1,0 +1,75 @@
+"""A peft folder on disk: found, checked, read without running anything, and written in whole files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from deltatune.errors import DeltaTuneError
+from deltatune.files import read_json, write_bytes, write_json
+from deltatune.formats.peft.config import Config
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+
+
+def read_folder(folder: Path) -> tuple[Config, dict[str, Tensor]]:
+    """Return the config and the tensors of a peft folder; raises `DeltaTuneError` for pickles and for foreign folders."""
+    if not (folder / CONFIG).is_file():
+        inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+        hint = f" It holds adapters of their own: give {folder / inner[0]}." if inner else ""
+        raise DeltaTuneError(f"there is no {CONFIG} in {folder}, so it is not a folder of peft.{hint}")
+    config = read_json(folder / CONFIG)
+    _check_peft(config, folder / CONFIG)
+    return Config(config, folder / CONFIG), _tensors(folder)
+
+
+def _check_peft(config: Any, path: Path) -> None:
+    if not isinstance(config, dict):
+        raise DeltaTuneError(f"{path} holds no JSON object; peft's config is one.")
+    if isinstance(config.get("peft_type"), str):
+        return
+    if "model_class" in config or str(config.get("version", "")).startswith("adapters."):
+        raise DeltaTuneError(
+            f"{path} was written by the library `adapters`, which calls its file the same; this reads the folders of peft."
+        )
+    raise DeltaTuneError(
+        f"{path} has no 'peft_type', so peft did not write it; it has {', '.join(sorted(config)[:5])}."
+    )
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / TENSORS
+    if not path.is_file():
+        if (folder / PICKLE).is_file():
+            raise DeltaTuneError(
+                f"{folder / PICKLE} is a pickle, which can run any code when it is opened; deltatune reads safetensors only. "
+                "Convert it where you trust it: PeftModel.from_pretrained(model, folder).save_pretrained(other folder) of peft."
+            )
+        raise DeltaTuneError(f"there is no {TENSORS} in {folder}, beside its {CONFIG}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise DeltaTuneError(f"{path} is not a whole safetensors file ({error}); copy or save it again.") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise DeltaTuneError(f"the tensor {name!r} of {path} holds NaN or infinity.")
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write both files, each in one step; the config, by which a folder is known, comes last."""
+    ready = {name: tensor.detach().to("cpu").clone().contiguous() for name, tensor in tensors.items()}
+    for name, tensor in ready.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise DeltaTuneError(f"the tensor {name!r} holds NaN or infinity; nothing was written to {folder}.")
+    write_bytes(folder / TENSORS, to_bytes(ready, {"format": "pt"}))
+    write_json(folder / CONFIG, dict(config))

@@ -1,0 +1,99 @@
+"""Forms: how one type of peft keeps one method at one module. A form becomes known by being defined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from deltatune.core.method import Method
+from deltatune.core.site import Site
+from deltatune.errors import DeltaTuneError
+from deltatune.formats.peft.config import Config
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A method at one module, and its leaves by what stands behind the module's path in their names."""
+
+    path: str
+    method: Method
+    leaves: Tensors
+    fixed: Tensors = field(default_factory=dict)
+    side: Literal["in", "out"] = "out"
+
+    def name(self, term: int, leaf: str) -> str:
+        """Return the name of a leaf in the weights."""
+        return f"{term}.{self.path}{':in' if self.side == 'in' else ''}.{leaf}"
+
+
+@dataclass(frozen=True, eq=False)
+class Seat:
+    """A method at one site of a live model, its tensors there (regenerated ones included), and the shape of the site's weight."""
+
+    method: Any
+    site: Site
+    leaves: Tensors
+    shape: tuple[int, ...]
+
+
+class Form:
+    """How peft keeps a method; `suffixes` end the keys of its tensors, behind the module's path."""
+
+    known: ClassVar[dict[str, Form]] = {}
+    type: ClassVar[str]
+    methods: ClassVar[tuple[type[Method], ...]]
+    suffixes: ClassVar[tuple[str, ...]]
+    needed: ClassVar[tuple[str, ...]] = ()  # suffixes without which a module's tensors are not whole
+    fields: ClassVar[frozenset[str]] = frozenset()
+    refused: ClassVar[Mapping[str, str]] = {}
+    kinds: ClassVar[tuple[str, ...]] = ("linear",)  # the sites where peft has it
+    saves: ClassVar[bool] = True  # whether its config has `modules_to_save`
+    transposed: ClassVar[bool] = False  # whether peft has it at weights stored [in, out]
+
+    def __init_subclass__(cls) -> None:
+        Form.known[cls.type] = cls()
+
+    def check(self, config: Config) -> None:
+        """Raise `DeltaTuneError` for a config that says what the method cannot express."""
+        config.check(self.fields, self.refused)
+
+    def read(self, config: Config, site: Site, held: Tensors) -> list[Part]:
+        """Return what a module's tensors are in deltatune."""
+        raise NotImplementedError
+
+    def write(self, seat: Seat) -> Tensors:
+        """Return a site's tensors by their suffixes in peft."""
+        raise NotImplementedError
+
+    def settings(self, seats: Sequence[Seat]) -> dict[str, Any]:
+        """Return the fields of the config that tell peft about the method; all seats together are one adapter."""
+        raise NotImplementedError
+
+    def one(self, seats: Sequence[Seat]) -> Any:
+        """Return the method of all seats; raises `DeltaTuneError` when there are several, which this type does not know."""
+        methods = list(dict.fromkeys(seat.method for seat in seats))
+        if len(methods) > 1:
+            raise DeltaTuneError(
+                f"peft's {self.type} has one setting for all modules; this delta has {' and '.join(map(str, methods))}."
+            )
+        return methods[0]
+
+    def only(self, name: str, values: Iterable[Any]) -> Any:
+        """Return the value of all seats; raises `DeltaTuneError` when there are several."""
+        found = sorted(set(values))
+        if len(found) > 1:
+            raise DeltaTuneError(f"peft's {self.type} has one {name} for all modules; this delta has {found}.")
+        return found[0]
+
+
+def agree(config: Config, name: str, path: str, found: int, said: float) -> None:
+    """Raise `DeltaTuneError` when the size that a tensor has is not the one that the config says."""
+    if found != said:
+        raise DeltaTuneError(
+            f"the tensors of {path!r} have {name}={found}, but {config.source} says {said:g} for it; they do not belong together."
+        )

@@ -1,0 +1,58 @@
+"""Names of modules: as wheres of deltatune, and as the targets and patterns of peft's configs."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from deltatune.core.site import Anatomy
+from deltatune.core.where import select
+
+
+def where_of(model: nn.Module, anatomy: Anatomy, paths: list[str], side: str) -> str:
+    """Return a `path:` where that finds exactly these modules, with `*` for the numbers in them if that finds no other."""
+    end = ":in" if side == "in" else ""
+    starred = [".".join("*" if piece.isdigit() else piece for piece in path.split(".")) for path in paths]
+    short = _where(starred) + end
+    found = {site.path for site in select(model, short, anatomy)}
+    return short if found == set(paths) else _where(paths) + end
+
+
+def _where(paths: Iterable[str]) -> str:
+    inside: dict[str, list[str]] = {}
+    for path in dict.fromkeys(paths):
+        parent, _, name = path.rpartition(".")
+        inside.setdefault(parent, []).append(name)
+    return "path:" + _set([f"{parent}.{_set(names)}" if parent else _set(names) for parent, names in inside.items()])
+
+
+def _set(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{{{','.join(names)}}}"
+
+
+def targets(model: nn.Module, wanted: set[str], loose: bool = False) -> list[str] | str:
+    """Return what finds exactly the modules `wanted` as peft's `target_modules`: ends of names, or a regular expression.
+
+    peft takes a module whose name is an end or has it behind a dot; or, where it matches loosely, one that just ends so.
+    """
+    paths = [name for name, _ in model.named_modules(remove_duplicate=False) if name and name.split(".")[0] != "deltas"]
+    for depth in range(1, 1 + max(path.count(".") + 1 for path in wanted)):
+        ends = sorted({".".join(path.split(".")[-depth:]) for path in wanted})
+        found = {p for p in paths if any(p.endswith(end) if loose else f".{p}".endswith(f".{end}") for end in ends)}
+        if found == wanted:
+            return ends
+    return "|".join(re.escape(path) for path in sorted(wanted))
+
+
+def patterns(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """Return the most common of the values by path, and those that differ from it as peft's patterns."""
+    usual = Counter(values.values()).most_common(1)[0][0]
+    return usual, {f"^{re.escape(path)}": value for path, value in values.items() if value != usual}
+
+
+def plain(value: float) -> float | int:
+    """Return a whole number as one, as peft's configs have it."""
+    return int(value) if value == int(value) else value

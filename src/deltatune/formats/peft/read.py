@@ -1,0 +1,138 @@
+"""From a peft folder to weights: the keys of its tensors say where, its config says how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from deltatune.core.delta import Delta, Term, place
+from deltatune.core.fit import check_tensors
+from deltatune.core.method import Method
+from deltatune.core.site import Anatomy, Site, anatomy
+from deltatune.core.weights import Weights, fingerprint
+from deltatune.core.where import select
+from deltatune.errors import DeltaTuneError, nearest
+from deltatune.formats.peft import factors, rotations, scalings  # noqa: F401  (they define their forms)
+from deltatune.formats.peft.config import Config
+from deltatune.formats.peft.folder import read_folder
+from deltatune.formats.peft.form import Form, Part, Tensors
+from deltatune.formats.peft.names import where_of
+from deltatune.formats.peft.prompts import PROMPTS, read_prompt
+from deltatune.formats.peft.values import bias_trap, read_values
+from deltatune.methods.addition.trainable_tokens import TrainableTokens
+
+PREFIX = "base_model.model."
+# types of peft that deltatune has as well, with tensors that its files cannot give it
+OTHERWISE = {
+    "VERA": "its random matrices come from peft's generator or from the file, and deltatune draws its own from the seed",
+    "FOURIERFT": "which entries it trains comes from peft's generator, and deltatune draws its own from the seed",
+    "XLORA": "it is made of other adapters; read each of them by itself",
+}
+
+
+def read_peft(model: nn.Module, folder: Path | str, check: bool = True) -> Weights:
+    """Read a folder of peft as weights for `model`; raises `DeltaTuneError` for what deltatune cannot compute in the same way.
+
+    The files carry no fingerprint, so names and shapes are checked instead. `check=False` reads what the tensors say by
+    themselves: without the fields of the config that are refused or not known, and without biases that peft did not save.
+    """
+    config, tensors = read_folder(Path(folder))
+    if config.type in PROMPTS:
+        return read_prompt(model, config, tensors)
+    form = Form.known.get(config.type)
+    if form is None:
+        raise _no_form(config)
+    if check:
+        form.check(config)
+    parts = anatomy(model)
+    held, rest = _split(form, config, tensors)
+    sites = _sites(model, parts, config, list(held))
+    adapters = [part for path, site in sites.items() for part in _read(form, config, site, held[path])]
+    adapters = _once(model, adapters)
+    values, biases = read_values(model, config, rest)
+    if check:
+        bias_trap(config, [model.get_submodule(path) for path in held], bool(biases))
+    return _assemble(model, parts, [*values, *adapters, *biases])
+
+
+def _no_form(config: Config) -> DeltaTuneError:
+    known = sorted({*Form.known, *PROMPTS})
+    if config.type in OTHERWISE:
+        return DeltaTuneError(f"{config.source} is a {config.type}, which is not read: {OTHERWISE[config.type]}.")
+    return DeltaTuneError(
+        f"{config.source} is of the type {config.type!r}, which is not read.{nearest(config.type, known)} "
+        f"Read are {', '.join(known)}."
+    )
+
+
+def _split(form: Form, config: Config, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensors], Tensors]:
+    """Return {path: {suffix: tensor}} of the form's own tensors, and the others by their names in the model."""
+    held: dict[str, Tensors] = {}
+    rest: Tensors = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(PREFIX):
+            raise DeltaTuneError(
+                f"the file holds {key!r}; the tensors of a {config.type} of peft begin with {PREFIX!r}."
+            )
+        name = key.removeprefix(PREFIX)
+        suffix = next((end for end in sorted(form.suffixes, key=len, reverse=True) if name.endswith(f".{end}")), None)
+        if suffix is None:
+            rest[name] = tensor
+        else:
+            held.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = tensor
+    if not held:
+        raise DeltaTuneError(
+            f"the file beside {config.source} holds no tensor of a {config.type}; its keys are {sorted(rest)[:3]}."
+        )
+    return held, rest
+
+
+def _sites(model: nn.Module, parts: Anatomy, config: Config, paths: list[str]) -> dict[str, Site]:
+    """Return the sites of the file's modules, in the order of the model."""
+    modules = [path for path, _ in model.named_modules(remove_duplicate=False) if path.split(".")[0] != "deltas"]
+    for path in paths:
+        if path not in modules:
+            near = nearest(path, modules) or " Was it made for this model, with or without its head?"
+            raise DeltaTuneError(
+                f"the file holds a {config.type} for the module {path!r}, which this {type(model).__name__} does not have.{near}"
+            )
+    wanted = set(paths)
+    return {path: select(model, f"path:{path}", parts)[0] for path in modules if path in wanted}
+
+
+def _read(form: Form, config: Config, site: Site, held: Tensors) -> list[Part]:
+    lacking = [suffix for suffix in form.needed if suffix not in held]
+    if lacking:
+        raise DeltaTuneError(f"the file holds {', '.join(held)} of {site.path!r}, but no {', '.join(lacking)}.")
+    return form.read(config, site, held)
+
+
+def _once(model: nn.Module, parts: list[Part]) -> list[Part]:
+    """Return the parts without those whose tokens are another's, where a head is tied to the table."""
+    seen: set[tuple[int, Method]] = set()
+    kept = []
+    for part in parts:
+        own = dict(model.get_submodule(part.path).named_parameters(recurse=False))
+        key = (id(own.get("weight")), part.method)
+        if not isinstance(part.method, TrainableTokens) or key not in seen:
+            kept.append(part)
+        seen.add(key)
+    return kept
+
+
+def _assemble(model: nn.Module, anatomy: Anatomy, parts: list[Part]) -> Weights:
+    """Return weights with one term for each method and side, in the order in which they come."""
+    groups: dict[tuple[Method, str], list[Part]] = {}
+    for part in parts:
+        groups.setdefault((part.method, part.side), []).append(part)
+    terms, tensors, fixed = [], {}, {}
+    for index, ((method, side), own) in enumerate(groups.items()):
+        terms.append(Term(where_of(model, anatomy, [part.path for part in own], side), method))
+        for part in own:
+            tensors |= {part.name(index, leaf): tensor.contiguous() for leaf, tensor in part.leaves.items()}
+            fixed |= {part.name(index, leaf): tensor.contiguous() for leaf, tensor in part.fixed.items()}
+    weights = Weights(Delta(tuple(terms)), tensors, fingerprint(model), fixed=fixed)
+    check_tensors(weights, place(model, weights.delta))
+    return weights

@@ -1,0 +1,154 @@
+"""From weights to a peft folder; what peft cannot express is refused by name before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from deltatune.core.delta import Placement, place
+from deltatune.core.fit import check_backbone, check_tensors
+from deltatune.core.weights import Weights, fingerprint, generate
+from deltatune.errors import DeltaTuneError
+from deltatune.formats.peft.folder import write_folder
+from deltatune.formats.peft.form import Form, Seat, Tensors
+from deltatune.formats.peft.lora import TOKENS, plainly
+from deltatune.formats.peft.names import targets
+from deltatune.formats.peft.prompts import WRITTEN, write_prompt
+from deltatune.formats.peft.read import PREFIX
+from deltatune.formats.peft.scalings import tokens_of
+from deltatune.formats.peft.values import write_biases, write_values
+from deltatune.methods.addition.trainable_tokens import TrainableTokens
+from deltatune.methods.specification.bitfit import BitFit
+from deltatune.methods.specification.full import Full
+
+
+def write_peft(weights: Weights, model: nn.Module, folder: Path | str, base: str | None = None) -> None:
+    """Write weights for `model` as a folder that peft loads; `base` is the name under which it finds the backbone.
+
+    Raises `DeltaTuneError`, before anything is written, for what peft cannot compute in the same way.
+    """
+    check_backbone(weights.backbone, fingerprint(model), check=True)
+    placements = place(model, weights.delta)
+    check_tensors(weights, placements)
+    if not placements:
+        raise DeltaTuneError(f"{weights.delta} acts nowhere, and peft has no type for nothing.")
+    seats = _seats(model, weights, placements)
+    usual = {"base_model_name_or_path": base, "task_type": _task(model), "inference_mode": True}
+    prompts = [seat for seat in seats if isinstance(seat.method, WRITTEN)]
+    if prompts:
+        if len(weights.delta.terms) > 1:
+            raise DeltaTuneError(f"peft's prompts and prefixes stand alone; this delta is {weights.delta}.")
+        config, tensors = write_prompt(model, prompts)
+    else:
+        config, tensors = _write(model, seats)
+        tensors = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
+    write_folder(Path(folder), usual | config, tensors)
+
+
+def _seats(model: nn.Module, weights: Weights, placements: list[Placement]) -> list[Seat]:
+    held = {**generate(model, placements, weights.seed, "seeded", {}), **weights.held}
+    seats = []
+    for placement in placements:
+        leaves = {leaf: held[placement.name(leaf)].detach().to("cpu").float() for leaf in placement.leaves}
+        own = dict(model.get_submodule(placement.site.path).named_parameters(recurse=False))
+        shape = tuple(own["weight"].shape) if "weight" in own else ()
+        seats.append(Seat(placement.method, placement.site, leaves, shape))
+    return seats
+
+
+def _task(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+def _write(model: nn.Module, seats: list[Seat]) -> tuple[dict[str, Any], Tensors]:
+    values = [seat for seat in seats if isinstance(seat.method, Full)]
+    biases = [seat for seat in seats if isinstance(seat.method, BitFit)]
+    adapters = [seat for seat in seats if not isinstance(seat.method, Full | BitFit)]
+    form = _form(adapters or seats)
+    tokens: list[Seat] = []
+    if form.type == "LORA":
+        tokens = [seat for seat in adapters if isinstance(seat.method, TrainableTokens)]
+        adapters = plainly([seat for seat in adapters if not isinstance(seat.method, TrainableTokens)])
+    _check(form, adapters)
+    if (biases and form.type != "LORA") or (values and not form.saves):
+        raise DeltaTuneError(
+            f"{(biases or values)[0].method} is not written beside {form.type}; write it beside LoRA, or merge it."
+        )
+    tensors, saved = write_values(model, values)
+    config: dict[str, Any] = {"peft_type": form.type, **form.settings(adapters)} | (
+        {"modules_to_save": saved} if saved else {}
+    )
+    for seat in adapters:
+        places = [
+            seat.site.path,
+            *(path for path, _ in seat.site.ties),
+        ]  # peft keeps what is tied at each of its places
+        tensors |= {f"{path}.{suffix}": tensor for suffix, tensor in form.write(seat).items() for path in places}
+    if biases:
+        found, fields = write_biases(model, biases, {seat.site.path: seat for seat in adapters})
+        tensors, config = tensors | found, config | fields
+    if tokens:
+        tensors |= {f"{seat.site.path}.{TOKENS}": seat.leaves["rows"] for seat in tokens}
+        config["trainable_token_indices"] = {seat.site.path: tokens_of(seat.method, seat) for seat in tokens}
+    return config | _targets(model, form, adapters), tensors
+
+
+def _form(seats: list[Seat]) -> Form:
+    """Return the one type of peft that has all these methods."""
+    kinds = dict.fromkeys(type(seat.method) for seat in seats)
+    fitting = [form for form in Form.known.values() if all(kind in form.methods for kind in kinds)]
+    if not fitting and kinds.keys() - {TrainableTokens}:
+        lora = Form.known["LORA"]
+        fitting = [lora] if all(kind in (*lora.methods, TrainableTokens) for kind in kinds) else []
+    if fitting:
+        return fitting[0]
+    names = " + ".join(kind.__name__ for kind in kinds)
+    for seat in seats:
+        if seat.method.computes is not seat.method:
+            raise DeltaTuneError(
+                f"{seat.method} has no form in peft; write what dt.flatten(model, weights) leaves of it."
+            )
+    known = sorted({method.__name__ for form in Form.known.values() for method in form.methods})
+    raise DeltaTuneError(
+        f"peft has no type for {names}; written are {', '.join(known)}, PromptTuning and PrefixTuning, one at a time, and "
+        "BitFit and Full beside them."
+    )
+
+
+def _check(form: Form, seats: list[Seat]) -> None:
+    """Raise `DeltaTuneError` for a site at which peft does not have the method, or has only one of them."""
+    seen: set[tuple[str, str | None]] = set()
+    for seat in seats:
+        site = seat.site
+        if (site.path, site.tensor) in seen:
+            raise DeltaTuneError(f"peft has one {form.type} at a module; this delta has several at {site.path!r}.")
+        seen.add((site.path, site.tensor))
+        if site.part is not None and form.type != "LORA":
+            raise DeltaTuneError(
+                f"{seat.method} acts on a part of {site.path!r}, which packs several roles; peft knows whole modules only."
+            )
+        kind = f"{site.kind}, stored [in, out]," if site.transposed and site.kind == "linear" else site.kind
+        if site.kind not in form.kinds or (site.transposed and site.kind == "linear" and not form.transposed):
+            raise DeltaTuneError(
+                f"peft's {form.type} does not act on the {kind} {site.path!r}, where this delta has {seat.method}."
+            )
+
+
+def _targets(model: nn.Module, form: Form, seats: list[Seat]) -> dict[str, Any]:
+    paths = {seat.site.path for seat in seats}
+    turned = any(seat.site.transposed and seat.site.kind == "linear" for seat in seats)
+    fields: dict[str, Any] = {"target_modules": targets(model, paths)}
+    if form.transposed:
+        fields["fan_in_fan_out"] = turned
+    if form.type == "IA3":
+        inner = {seat.site.path for seat in seats if seat.site.side == "in"}
+        fields["feedforward_modules"] = targets(model, inner, loose=True) if inner else []
+        outer = targets(model, paths - inner) if paths - inner else []
+        if isinstance(outer, list) and isinstance(
+            fields["feedforward_modules"], list
+        ):  # peft wants the one in the other
+            fields["target_modules"] = sorted({*outer, *fields["feedforward_modules"]})
+    return fields
