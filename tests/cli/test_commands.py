@@ -99,7 +99,7 @@ def test_sites_counts_what_the_library_would_train() -> None:
 def test_a_mistake_ends_the_process_with_its_message() -> None:
     done = run("methods", "--explain", "Lora")
     assert done.returncode == 2
-    assert done.stderr.startswith("Error: there is no method 'Lora'. Did you mean 'LoRA'?")
+    assert done.stderr.startswith("Error: there is no method 'Lora'. Did you mean 'LoRA'")
     assert "Traceback" not in done.stderr
 
 

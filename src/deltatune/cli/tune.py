@@ -54,6 +54,7 @@ MaxInput = Annotated[int, _option("Tokens of a prompt; a longer one loses its be
 MaxTarget = Annotated[int, _option("Tokens of an answer.", MORE)]
 EvalBatch = Annotated[int, _option("Examples in a batch of an evaluation.", MORE)]
 CheckpointEvery = Annotated[int, _option("Steps between checkpoints; 0 writes none.", MORE)]
+Test = Annotated[bool, _option("Score the test split at the end; without it the run is judged on dev alone.", MORE)]
 Dropout = Annotated[bool, _option("Train with the backbone's own dropout.", MORE)]
 
 
@@ -82,6 +83,7 @@ def tune(
     eval_batch: EvalBatch = Recipe.eval_batch,
     checkpoint_every: CheckpointEvery = Recipe.checkpoint_every,
     dropout: Dropout = Recipe.dropout,
+    test: Test = Recipe.test,
 ) -> None:
     """Train a delta on a task and test it once, at its best dev score.
 
