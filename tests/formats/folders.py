@@ -23,6 +23,7 @@ def saved(folder: Path, build: Build, config: Any, size: float = 0.2) -> nn.Modu
     """Return peft's model with a moved adapter, which is saved to `folder`."""
     from peft import get_peft_model
 
+    torch.manual_seed(0)  # peft draws its start from the global generator
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(build(), config).eval()
