@@ -14,38 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from deltatune.core.leaf import Init, Leaf, Zeros
-from deltatune.core.method import Base, OnLinear
-from deltatune.core.site import Site
-from deltatune.methods._entries import check_entries, picked, scatter
-from deltatune.methods._sizes import check_least
+from deltatune.core.leaf import Init, Zeros
+from deltatune.methods._entries import SparseSpectrum, scatter
 
 
 @dataclass(frozen=True)
-class FourierFT(OnLinear):
+class FourierFT(SparseSpectrum):
     """Fourier transform finetuning: W' = W + scale Re(F^-1(S)), S sparse (Gao et al., 2024)."""
 
     entries: int = 1000
     scale: float = 150.0
     init: Init = Zeros()
 
-    where = "{attn.{q,v},cross.{q,v}?}"
-
-    def __post_init__(self) -> None:
-        check_least(self, entries=self.entries)
-
-    def leaves(self, site: Site) -> dict[str, Leaf]:
-        check_entries(self, self.entries, site)
-        return {"c": Leaf((self.entries,), self.init), "idx": picked(self.entries, site)}
-
-    def weight(self, p: Any, W: Tensor) -> Tensor:
-        return W + self._change(p, *W.shape).to(W.dtype)
-
-    def output(self, p: Any, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        return y + F.linear(x.to(y.dtype), self._change(p, y.shape[-1], x.shape[-1]))
-
-    def _change(self, p: Any, d_out: int, d_in: int) -> Tensor:
+    def change(self, p: Any, d_out: int, d_in: int) -> Tensor:
         wide = p.c.to(torch.promote_types(p.c.dtype, torch.float32))  # there is no Fourier transform of bfloat16
         return (self.scale * torch.fft.ifft2(scatter(wide, p.idx, d_out, d_in)).real).to(p.c.dtype)

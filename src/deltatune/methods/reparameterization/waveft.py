@@ -17,37 +17,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltatune.core.leaf import Init, Leaf, Zeros
-from deltatune.core.method import Base, OnLinear
-from deltatune.core.site import Site
-from deltatune.methods._entries import check_entries, picked, scatter
-from deltatune.methods._sizes import check_least
+from deltatune.core.leaf import Init, Zeros
+from deltatune.methods._entries import SparseSpectrum, scatter
 
 
 @dataclass(frozen=True)
-class WaveFT(OnLinear):
+class WaveFT(SparseSpectrum):
     """Wavelet finetuning: W' = W + scale H^-1(S), S sparse (Bilican et al., 2025)."""
 
     entries: int = 2592
     scale: float = 25.0
     init: Init = Zeros()
 
-    where = "{attn.{q,v},cross.{q,v}?}"
-
-    def __post_init__(self) -> None:
-        check_least(self, entries=self.entries)
-
-    def leaves(self, site: Site) -> dict[str, Leaf]:
-        check_entries(self, self.entries, site)
-        return {"c": Leaf((self.entries,), self.init), "idx": picked(self.entries, site)}
-
-    def weight(self, p: Any, W: Tensor) -> Tensor:
-        return W + self._change(p, *W.shape).to(W.dtype)
-
-    def output(self, p: Any, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        return y + F.linear(x.to(y.dtype), self._change(p, y.shape[-1], x.shape[-1]))
-
-    def _change(self, p: Any, d_out: int, d_in: int) -> Tensor:
+    def change(self, p: Any, d_out: int, d_in: int) -> Tensor:
         S = F.pad(scatter(p.c, p.idx, d_out, d_in), (0, d_in % 2, 0, d_out % 2))
         (a, h), (v, d) = (half.chunk(2, 1) for half in S.chunk(2, 0))
         patches = torch.stack((a + h + v + d, a + h - v - d, a - h + v - d, a - h - v + d)).unflatten(0, (2, 2))
