@@ -26,9 +26,10 @@ lint: $(READY) ## check style, formatting and types
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-bench: $(READY) ## time attaching and training steps against peft and against the frozen backbone
+bench: $(READY) ## time attaching, training steps and mixed batches against peft and against the frozen backbone
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/attach.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/route.py
 
 lock: $(READY) ## resolve requirements.lock anew; ARGS="--upgrade" takes newer versions
 	$(BIN)/uv pip compile pyproject.toml --extra dev --constraints requirements-torch.txt --no-emit-package torch \

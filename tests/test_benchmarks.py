@@ -75,3 +75,15 @@ def test_step(run: Run) -> None:
     for pair in result["pairs"]:  # they do the same, so they train as much, and deltatune keeps no more for it
         ours, theirs = rows[pair["what"]], rows[pair["over"]]
         assert ours["parameters"] == theirs["parameters"] and ours["saved_bytes"] <= theirs["saved_bytes"]
+
+
+def test_route(run: Run) -> None:
+    result, text = run("route")
+    assert set(result) == COMMON | {"batches", "members"}
+    assert len(result["batches"]) == 12
+    for row in result["batches"]:
+        assert set(row) == {"what", "tokens", "milliseconds", "over_bare", "over_single"}
+        assert row["milliseconds"] > 0 and sound(row["over_bare"]) and sound(row["over_single"])
+        assert f"| {row['what']}, {row['tokens']} token" in text
+    assert [row["what"] for row in result["members"]] == ["add", "load from disk", "enter a route to it", "remove"]
+    assert all(row["first"] > 0 and row["last"] > 0 and sound(row["ratio"]) for row in result["members"])

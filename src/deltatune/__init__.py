@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deltatune.core.evidence import evidence, needs
     from deltatune.core.flatten import flatten
     from deltatune.core.merge import Merged, merge, merge_
+    from deltatune.core.route import Pool, pool
     from deltatune.core.store import load, save
     from deltatune.core.task_vectors import dare, magnitude_prune, task_arithmetic, ties
     from deltatune.core.trace import Trace, trace
@@ -39,6 +40,7 @@ _HOMES = {
     "core.attach": ("Attachment", "attach", "attachments"),
     "core.convert": ("Report", "changes", "to_full", "to_lora"),
     "core.delta": ("Delta", "SiteTable", "parse", "sites"),
+    "core.route": ("Pool", "pool"),
     "core.merge": ("Merged", "merge", "merge_"),
     "core.store": ("load", "save"),
     "core.task_vectors": ("dare", "magnitude_prune", "task_arithmetic", "ties"),

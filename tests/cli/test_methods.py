@@ -31,6 +31,7 @@ def test_a_method_states_its_equation_its_paper_and_its_count(name: str) -> None
     assert entry.formula, f"the docstring of {name} has no sentence 'Parameters: ...'"
     assert entry.line.partition("\n")[0].endswith("."), f"the docstring of {name} does not begin with one sentence"
     assert entry.merges in ("yes", "no", INNER)
+    assert entry.routes in ("gathered", "by rows", INNER)
     assert entry.place == INNER or parse(entry.place)
 
 
@@ -38,7 +39,7 @@ def test_a_method_states_its_equation_its_paper_and_its_count(name: str) -> None
 def test_a_method_is_explained(name: str) -> None:
     entry = ENTRIES[name]
     text = command.explanation(entry)
-    for part in (f"{name} ({entry.group})", entry.equation, f"{name}(", "Parameters:", "Default place: ", "Merges: "):
+    for part in (f"{name} ({entry.group})", entry.equation, f"{name}(", "Parameters:", "Default place: ", "Merges: ", "Routes: "):
         assert part in text
     assert all(reason in text for reason in entry.breaks.values())
     assert max(len(line) for line in text.splitlines()) <= 190

@@ -3,13 +3,24 @@
 Importing this package makes transformers models known to `deltatune.core`; it does not import transformers.
 """
 
-from deltatune.backbones import attention, positions, prompts
+from deltatune.backbones import attention, positions, prompts, together
 from deltatune.backbones.anatomies import families
 from deltatune.backbones.load import Backbone, digest, load, load_backbone, names, skeleton
 from deltatune.backbones.resolve import resolve
 from deltatune.core.site import RESOLVERS
 
-__all__ = ["Backbone", "attention", "digest", "load", "load_backbone", "names", "positions", "prompts", "skeleton"]
+__all__ = [
+    "Backbone",
+    "attention",
+    "digest",
+    "load",
+    "load_backbone",
+    "names",
+    "positions",
+    "prompts",
+    "skeleton",
+    "together",
+]
 
 families()
 RESOLVERS.append(resolve)

@@ -25,36 +25,49 @@ from deltatune.core.site import Anatomy, Part, Site
 from deltatune.errors import DeltaTuneError
 
 NAME = "deltatune_"
+# keys and values in front, [rows, heads, n, width], and which of them a row may see, [rows, n], or None for all; one row is for all
+Extra = tuple[Tensor, Tensor, Tensor | None]
+Caller = Callable[[nn.Module, Tensor], Tensor]
 
 
-class HeadsPort(Port):
+def _called(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x)
+
+
+class AttentionPort(Port):
+    """What a port may do in attention: nothing, unless it says otherwise."""
+
+    def extra(self, key: Tensor, value: Tensor) -> Extra | None:
+        """Return what is put in front of the text's keys and values."""
+
+    def added(self, query: Tensor, scaling: float | None, call: Caller) -> Tensor | None:
+        """Return what is added to the attention's output [batch, length, heads, head width]."""
+
+
+class HeadsPort(AttentionPort):
     """heads: K -> [K_prefix; K], V -> [V_prefix; V]."""
 
     def __init__(self, site: Site, method: Any, tensors: Tensors, lookup: Lookup) -> None:
         super().__init__(site, method, tensors)
         self.lookup = lookup
 
-    def extra(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def extra(self, key: Tensor, value: Tensor) -> Extra:
         K, V = self.method.prefix(self.tensors(key.dtype), key.shape[1])
-        return K[None], V[None]
+        return K[None], V[None], None
 
 
-class QueriesPort(Port):
+class QueriesPort(AttentionPort):
     """heads: o -> o + method.attend(p, scaled q, project), with the backbone's own projections to keys and values."""
 
     def __init__(self, placement: Placement, tensors: Tensors, lookup: Lookup, keys: Projection, values: Projection):
         super().__init__(placement.site, placement.method, tensors)
         self.lookup, self.keys, self.values = lookup, keys, values
 
-    def extra(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
-        """Put nothing in front of the text."""
-
-    def added(self, query: Tensor, scaling: float | None) -> Tensor:
-        """Return what is added to the attention's output [batch, length, heads, head width]."""
+    def added(self, query: Tensor, scaling: float | None, call: Caller) -> Tensor:
         q = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
 
         def project(states: Tensor) -> tuple[Tensor, Tensor]:
-            return self.keys(states, query), self.values(states, query)
+            return self.keys(states, query, call), self.values(states, query, call)
 
         return self.method.attend(self.tensors(query.dtype), q, project).transpose(1, 2)
 
@@ -65,9 +78,9 @@ class Projection:
     def __init__(self, module: nn.Module, part: Part | None) -> None:
         self.module, self.part = module, part
 
-    def __call__(self, states: Tensor, like: Tensor) -> Tensor:
+    def __call__(self, states: Tensor, like: Tensor, call: Caller) -> Tensor:
         """Return states [n, d] as heads [heads, n, width], as many and as wide as those of the queries `like`."""
-        y = self.module(states)
+        y = call(self.module, states)
         heads = (y if self.part is None else self.part.take(y, -1)).unflatten(-1, (-1, like.shape[-1])).transpose(0, 1)
         return heads.repeat_interleave(like.shape[1] // heads.shape[0], 0)
 
@@ -78,11 +91,12 @@ def extend(base: Callable[..., Any]) -> Callable[..., Any]:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        keys, values = _extras(module, key, value)
-        if not keys:
+        extras = _extras(module, key, value)
+        if not extras:
             return _answered(module, query, base(module, query, key, value, attention_mask, **kwargs), kwargs)
+        keys, values, _ = zip(*extras, strict=True)
         length = sum(K.shape[2] for K in keys)
-        mask = _mask(module, query, key, attention_mask, length)
+        mask = _hidden(_mask(module, query, key, attention_mask, length), query, key, extras)
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = F.pad(kwargs["position_bias"], (length, 0))
         y = base(module, query, torch.cat([*keys, key], 2), torch.cat([*values, value], 2), mask, **kwargs)
@@ -96,21 +110,28 @@ def _answered(module: nn.Module, query: Tensor, y: tuple[Tensor, Any], kwargs: d
     mixed, *rest = y
     if PORTS in module.__dict__:
         for port in module.__dict__[PORTS].heads:
-            if isinstance(port, QueriesPort):
-                mixed = mixed + port.added(query, kwargs.get("scaling"))
+            more = port.added(query, kwargs.get("scaling"), _called)
+            mixed = mixed if more is None else mixed + more
     return mixed, *rest
 
 
-def _extras(module: nn.Module, key: Tensor, value: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the keys and the values of every port that has some now, for every row."""
-    keys, values = [], []
+def _extras(module: nn.Module, key: Tensor, value: Tensor) -> list[Extra]:
+    """Return what every port puts in front of the text now, for every row."""
+    found = []
     if PORTS in module.__dict__:
         for port in module.__dict__[PORTS].heads:
-            extra = port.extra(module, key, value)
+            extra = port.extra(key, value)
             if extra is not None:
-                keys.append(extra[0].expand(key.shape[0], -1, -1, -1))
-                values.append(extra[1].expand(value.shape[0], -1, -1, -1))
-    return keys, values
+                K, V, seen = extra
+                found.append((rows_of(K, key), rows_of(V, value), seen if seen is None else rows_of(seen, key)))
+    return found
+
+
+def rows_of(held: Tensor, like: Tensor) -> Tensor:
+    """Return what is held for one row, or for every row before `generate` multiplied them, for all rows of `like`."""
+    if held.shape[0] == 1:
+        return held.expand(like.shape[0], *held.shape[1:])
+    return held if held.shape[0] == like.shape[0] else held.repeat_interleave(like.shape[0] // held.shape[0], 0)
 
 
 def _mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, length: int) -> Tensor | None:
@@ -123,6 +144,17 @@ def _mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, le
         key.shape[2] - query.shape[2]
     )
     return F.pad(causal, (length, 0), value=True)[None, None]
+
+
+def _hidden(mask: Tensor | None, query: Tensor, key: Tensor, extras: list[Extra]) -> Tensor | None:
+    """Hide extra keys from the rows that have fewer of them; the mask stays what it is when all rows see all."""
+    if all(seen is None for _, _, seen in extras):
+        return mask
+    parts = [K.new_ones(K.shape[0], K.shape[2], dtype=torch.bool) if s is None else s for K, _, s in extras]
+    shown = F.pad(torch.cat(parts, 1), (0, key.shape[2]), value=True)[:, None, None]
+    if mask is None:
+        return shown.expand(-1, -1, query.shape[2], -1)
+    return mask & shown if mask.dtype == torch.bool else mask.masked_fill(~shown, torch.finfo(mask.dtype).min)
 
 
 def register(source: str, implementation: str) -> str:

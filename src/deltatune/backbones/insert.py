@@ -13,18 +13,24 @@ def starts(mask: Tensor | None, like: Tensor, at: int) -> Tensor:
     return mask.ne(0).int().argmax(1, keepdim=True) + at
 
 
-def insert(rows: Tensor, new: Tensor, start: Tensor) -> Tensor:
-    """Return rows [batch, length, ...] with new [batch, extra, ...] put in at `start` [batch, 1]."""
+def insert(rows: Tensor, new: Tensor, start: Tensor, own: Tensor) -> Tensor:
+    """Return rows [batch, length, ...] with the first `own` [batch, 1] of new [batch, extra, ...] put in at `start` [batch, 1].
+
+    All rows grow by `extra`: what a row does not take of its own `new` stands behind its end.
+    """
     length, extra = rows.shape[1], new.shape[1]
     at = torch.arange(length + extra, device=rows.device)[None]
-    source = torch.where(at < start, at, torch.where(at < start + extra, length + at - start, at - extra))
+    behind = torch.where(
+        at < length + own, at - own, at
+    )  # the text moves by what is put in; the rest of `new` follows it
+    source = torch.where(at < start, at, torch.where(at < start + own, length + at - start, behind))
     return _pick(torch.cat([rows, new], 1), source)
 
 
-def remove(rows: Tensor, extra: int, start: Tensor) -> Tensor:
-    """Undo `insert`: return rows [batch, length, ...] without the `extra` positions from `start` [batch, 1]."""
+def remove(rows: Tensor, extra: int, start: Tensor, own: Tensor) -> Tensor:
+    """Undo `insert`: return rows [batch, length, ...] without the `own` positions from `start`, and without what stands behind the end."""
     at = torch.arange(rows.shape[1] - extra, device=rows.device)[None]
-    return _pick(rows, torch.where(at < start, at, at + extra))
+    return _pick(rows, torch.where(at < start, at, at + own))
 
 
 def _pick(rows: Tensor, source: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.backbones.prompts import CausalPrompt, EncoderPrompt
-from deltatune.backbones.reader import Call, argument_names, by_name, reader
+from deltatune.backbones.reader import argument_names, by_name, reader
 from deltatune.core.builders import BUILDERS, Built, first_argument
+from deltatune.core.calls import Ports
 from deltatune.core.delta import Placement
-from deltatune.core.ports import PORTS, Edit, StreamPort, Tensors
+from deltatune.core.ports import Call, Edit, StreamPort, Tensors
 from deltatune.core.site import Anatomy, Site
 from deltatune.errors import DeltaTuneError
 
@@ -31,31 +32,41 @@ class Positions:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "at": None, "outer": None}  # the next call brings others
 
-    def pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        ports = module.__dict__[PORTS].pre
-        if any(isinstance(port, EncoderPrompt) for port in ports):
+    def pre(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        self.check(here)
+        self.keep(by_name(self.names, args, kwargs), prompting(here))
+        return args, kwargs
+
+    def check(self, here: Ports) -> None:
+        """Raise `DeltaTuneError` where a soft prompt stands in the same rows."""
+        if any(isinstance(port, EncoderPrompt) for port in here.pre):
             raise DeltaTuneError(
                 f"{self.method} counts the tokens of a text, and a soft prompt in the same rows moves them; "
                 "detach one of them, or use the inner method at all positions."
             )
-        given = by_name(self.names, args, kwargs)
-        if _prompting(module):
+
+    def keep(self, given: dict[str, Any], prompt: bool) -> None:
+        """Keep the positions of a call with these arguments, or none when it is a prompt's own pass."""
+        if prompt:
             self.outer = self.at
             rows = given["inputs_embeds"]
             self.at = torch.full(rows.shape[:2], -1, device=rows.device)
         else:
             self.at = text_positions(given)
-        return args, kwargs
 
-    def post(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
-        if _prompting(module):
-            self.at, self.outer = self.outer, None
+    def post(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+        if prompting(here):
+            self.restore()
         return y  # the positions stay: a checkpointed block is run again when the gradient comes back
 
+    def restore(self) -> None:
+        """Put the positions of the call around a prompt's own pass back."""
+        self.at, self.outer = self.outer, None
 
-def _prompting(module: nn.Module) -> bool:
-    ports = module.__dict__[PORTS].pre
-    return any(port.prompt.running for port in ports if isinstance(port, CausalPrompt))
+
+def prompting(here: Ports) -> bool:
+    """Whether the running call of a reader is a prompt's own pass."""
+    return any(port.prompt.running for port in here.pre if isinstance(port, CausalPrompt))
 
 
 def text_positions(given: dict[str, Any]) -> Tensor:

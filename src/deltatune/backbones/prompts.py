@@ -10,19 +10,20 @@ states on, and the decoder's mask over them grows too; an encoder alone gives it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltatune.backbones.attention import Lookup
+from deltatune.backbones.attention import AttentionPort, Extra, Lookup, rows_of
 from deltatune.backbones.insert import insert, remove, starts
-from deltatune.backbones.reader import Call, RowPositions, argument_names, by_name, reader
+from deltatune.backbones.reader import RowPositions, argument_names, by_name, reader
 from deltatune.core.builders import BUILDERS, Built, each
+from deltatune.core.calls import Ports
 from deltatune.core.delta import Placement
-from deltatune.core.ports import PORTS, Edit, Port, Tensors
+from deltatune.core.ports import Call, Edit, Port, Tensors
 from deltatune.core.site import Anatomy, Stack
 from deltatune.errors import DeltaTuneError
 
@@ -36,15 +37,26 @@ class Prompt(Port):
         self.embed: Any = model.get_submodule(placement.site.path)
         self.blocks: list[Any] = list(model.get_submodule(stack.path).children())
         self.names = argument_names(reader(model, stack))
-        self.layers: dict[str, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[str, Extra] = {}
         self.running = False
+        self.ragged = False  # whether rows have prompts of their own
+        with torch.no_grad():
+            self.length = self.method.tokens(tensors(torch.float32)).shape[0]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "layers": {}}  # they belong to a graph, and the next sequence makes them anew
 
     def embeddings(self, dtype: torch.dtype) -> Tensor:
-        """Return the prompt as [1, length, d]."""
+        """Return the prompt as [1, length, d], or as [rows, length, d] where rows have their own."""
         return self.method.tokens(self.tensors(dtype))[None]
+
+    def lengths(self, device: torch.device) -> Tensor:
+        """Return how many of the `length` tokens are whose: [1, 1], or [rows, 1] where rows have their own."""
+        return torch.full((1, 1), self.length, device=device)
+
+    def keep(self, path: str, key: Tensor, value: Tensor) -> None:
+        """Keep what one attention made of the prompt's tokens, [rows, heads, length, width] each."""
+        self.layers[path] = (key, value, None)
 
     @contextmanager
     def pass_of_its_own(self) -> Iterator[None]:
@@ -67,40 +79,41 @@ class CausalPrompt:
     def __init__(self, prompt: Prompt) -> None:
         self.prompt, self.method = prompt, prompt.method
 
-    def pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        prompts = [port.prompt for port in module.__dict__[PORTS].pre if isinstance(port, CausalPrompt)]
+    def pre(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        prompts = [port.prompt for port in here.pre if isinstance(port, CausalPrompt)]
         if any(prompt.running for prompt in prompts):
             return args, kwargs
         past = by_name(self.prompt.names, args, kwargs).get("past_key_values")
         if past is None or past.get_seq_length() == 0 or not self.prompt.layers:
             for prompt in prompts[prompts.index(self.prompt) :]:
                 prompt.layers.clear()
-            self._run(module)
+            self._run(here.module)
         return args, kwargs
 
     def _run(self, module: nn.Module) -> None:
         prompt = self.prompt
         tokens = prompt.embeddings(prompt.embed.weight.dtype)
-        first = -tokens.shape[1] if prompt.stack.positions == "rotary" else 0
-        positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
+        lengths = prompt.lengths(tokens.device)
+        first = -lengths if prompt.stack.positions == "rotary" else torch.zeros_like(lengths)
+        positions = first + torch.arange(tokens.shape[1], device=tokens.device)[None]
         with prompt.pass_of_its_own():
             module(inputs_embeds=tokens, position_ids=positions, use_cache=False)
 
 
-class PromptHeads:
+class PromptHeads(AttentionPort):
     """heads on each attention of a causal stack: keep the prompt's own keys and values, then put them in front."""
 
     def __init__(self, prompt: Prompt, path: str, lookup: Lookup) -> None:
         self.prompt, self.method, self.path, self.lookup = prompt, prompt.method, path, lookup
 
-    def extra(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
+    def extra(self, key: Tensor, value: Tensor) -> Extra | None:
         if self.prompt.running:
-            self.prompt.layers[self.path] = (key, value)
+            self.prompt.keep(self.path, key, value)
             return None
         if self.path not in self.prompt.layers:  # another prompt in front of this one is having its own pass
             return None
-        K, V = self.prompt.layers[self.path]
-        return K.to(key.dtype), V.to(value.dtype)
+        K, V, seen = self.prompt.layers[self.path]
+        return K.to(key.dtype), V.to(value.dtype), seen
 
 
 class EncoderPrompt:
@@ -109,17 +122,20 @@ class EncoderPrompt:
     def __init__(self, prompt: Prompt, at: int) -> None:
         self.prompt, self.method, self.at = prompt, prompt.method, at
 
-    def pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def pre(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         given = by_name(self.prompt.names, args, kwargs)
         ids, embeds = given.pop("input_ids", None), given.pop("inputs_embeds", None)
         if embeds is None:
             embeds = self.prompt.embed(ids)
-        tokens = self.prompt.embeddings(embeds.dtype).expand(embeds.shape[0], -1, -1)
+        tokens = rows_of(self.prompt.embeddings(embeds.dtype), embeds)
+        lengths = rows_of(self.prompt.lengths(embeds.device), embeds)
+        if given.get("attention_mask") is None and self.prompt.ragged:
+            given["attention_mask"] = embeds.new_ones(embeds.shape[:2], dtype=torch.long)
         start = starts(given.get("attention_mask"), embeds, self.at)
-        longer = {name: self._longer(name, value, tokens.shape[1], start) for name, value in given.items()}
-        return (), {**longer, "inputs_embeds": insert(embeds, tokens, start)}
+        longer = {name: self._longer(name, value, tokens.shape[1], start, lengths) for name, value in given.items()}
+        return (), {**longer, "inputs_embeds": insert(embeds, tokens, start, lengths)}
 
-    def _longer(self, name: str, value: Any, length: int, start: Tensor) -> Any:
+    def _longer(self, name: str, value: Any, length: int, start: Tensor, own: Tensor) -> Any:
         if name not in ("attention_mask", "token_type_ids", "position_ids") or value is None:
             return value
         if value.dim() != 2:
@@ -129,27 +145,29 @@ class EncoderPrompt:
         if name == "position_ids":
             behind = torch.arange(value.shape[1], device=value.device)[None] >= start
             first = torch.where(start > 0, value.gather(1, (start - 1).clamp(min=0)) + 1, value[:, :1])
-            steps = first + torch.arange(length, device=value.device)[None]
-            return insert(value + length * behind, steps, start)
-        return insert(value, torch.full_like(value[:, :1], int(name == "attention_mask")).expand(-1, length), start)
+            steps = first + torch.minimum(torch.arange(length, device=value.device)[None], (own - 1).clamp(min=0))
+            return insert(value + own * behind, steps, start, own)
+        steps = torch.arange(length, device=value.device)[None]
+        return insert(value, ((steps < own) & (name == "attention_mask")).to(value.dtype), start, own)
 
-    def post(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
-        ports = [port for port in module.__dict__[PORTS].post if isinstance(port, EncoderPrompt)]
-        lengths = [port.prompt.embeddings(torch.float32).shape[1] for port in ports[: ports.index(self) + 1]]
+    def post(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+        ports = [port for port in here.post if isinstance(port, EncoderPrompt)]
         embeds = kwargs["inputs_embeds"]  # as long as all prompts make it; those of earlier ports are out already
-        longer = embeds.shape[1] - sum(lengths[:-1])
-        return _cut(y, longer, lengths[-1], starts(kwargs.get("attention_mask"), embeds, self.at))
+        longer = embeds.shape[1] - sum(port.prompt.length for port in ports[: ports.index(self)])
+        start = starts(kwargs.get("attention_mask"), embeds, self.at)
+        own = rows_of(self.prompt.lengths(embeds.device), embeds)
+        return _cut(y, longer, lambda h: remove(h, self.prompt.length, start, own))
 
 
-def _cut(y: Any, longer: int, length: int, start: Tensor) -> Any:
+def _cut(y: Any, longer: int, without: Callable[[Tensor], Tensor]) -> Any:
     """Take the prompt out of every tensor [batch, longer, ...] of a model output, which is changed in place."""
     if isinstance(y, Tensor):
-        return remove(y, length, start) if y.dim() > 2 and y.shape[1] == longer else y
+        return without(y) if y.dim() > 2 and y.shape[1] == longer else y
     if isinstance(y, dict):
         for name in list(y):
-            y[name] = _cut(y[name], longer, length, start)
+            y[name] = _cut(y[name], longer, without)
         return y
-    return tuple(_cut(item, longer, length, start) for item in y) if isinstance(y, tuple) else y
+    return tuple(_cut(item, longer, without) for item in y) if isinstance(y, tuple) else y
 
 
 class CrossMask:
@@ -158,12 +176,19 @@ class CrossMask:
     def __init__(self, prompt: Prompt, names: tuple[str, ...], at: int) -> None:
         self.prompt, self.method, self.names, self.at = prompt, prompt.method, names, at
 
-    def pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def pre(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         given = by_name(self.names, args, kwargs)
         states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
-        if states is not None and mask is not None and mask.dim() == 2 and states.shape[1] > mask.shape[1]:
-            ones = torch.ones_like(mask[:, :1]).expand(-1, states.shape[1] - mask.shape[1])
-            given["encoder_attention_mask"] = insert(mask, ones, starts(mask, mask, self.at))
+        if states is None or (mask is None and not self.prompt.ragged):
+            return (), given
+        if mask is None:  # the first prompt of several sees states that all of them made longer
+            ports = [port for port in here.pre if isinstance(port, CrossMask)]
+            more = sum(port.prompt.length for port in ports[ports.index(self) :])
+            mask = states.new_ones(states.shape[0], states.shape[1] - more, dtype=torch.long)
+        if mask.dim() == 2 and states.shape[1] > mask.shape[1]:
+            own = rows_of(self.prompt.lengths(mask.device), mask)
+            shown = (torch.arange(self.prompt.length, device=mask.device)[None] < own).to(mask.dtype)
+            given["encoder_attention_mask"] = insert(mask, shown, starts(mask, mask, self.at), own)
         return (), given
 
 

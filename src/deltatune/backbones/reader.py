@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from deltatune.core.calls import Ports
+from deltatune.core.ports import Call
 from deltatune.core.site import Stack
 from deltatune.errors import DeltaTuneError
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
@@ -45,7 +45,7 @@ class RowPositions:
     names: tuple[str, ...]
     method: Any
 
-    def pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def pre(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         given = by_name(self.names, args, kwargs)
         mask, ids = given.get("attention_mask"), given.get("input_ids")
         rows = ids if ids is not None else given["inputs_embeds"]

@@ -77,6 +77,13 @@ class Entry:
         return INNER if self.default is None else "no" if "merge" in self.default.breaks else "yes"
 
     @property
+    def routes(self) -> str:
+        """How rows of a batch have their own: gathered into one product, one delta after the other, or not at all."""
+        if self.default is None:
+            return INNER
+        return "no" if "route" in self.default.breaks else "gathered" if self.default.batched else "by rows"
+
+    @property
     def breaks(self) -> dict[str, str]:
         """The laws that it does not keep, with the reasons."""
         return {str(law): reason for law, reason in sorted(self.default.breaks.items())} if self.default else {}

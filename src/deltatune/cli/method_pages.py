@@ -20,7 +20,8 @@ TITLES = {
 }
 HOW = "Made by `deltatune methods --docs docs/methods` from the methods' docstrings; do not edit.\n"
 READ = """
-*merges*: it can be written into the backbone's weights. *needs*: the evidence that it starts from, which `deltatune tune`
+*merges*: it can be written into the backbone's weights. *routes*: how the rows of one batch have their own in a pool, in one
+product (gathered) or one delta after the other (by rows). *needs*: the evidence that it starts from, which `deltatune tune`
 measures, and `dt.evidence` for a loop of your own. The last column is what it trains at its default place on the built-in
 backbone `{backbone}`. What a combinator does depends on the methods inside it.
 """
@@ -47,12 +48,12 @@ def _index(groups: dict[str, list[Entry]], model: nn.Module, backbone: str) -> s
     lines = [f"# Methods\n\n{HOW}{READ.format(backbone=backbone)}"]
     for group, own in groups.items():
         lines += [f"\n## [{TITLES[group]}]({group}.md)\n"]
-        lines += [f"| method | paper | default place | merges | needs | on {backbone} |", "|---|---|---|---|---|---:|"]
+        lines += [f"| method | paper | default place | merges | routes | needs | on {backbone} |", "|---|---|---|---|---|---|---:|"]
         for e in own:
             counted, needed = e.count(model)
             name = f"[{e.name}]({group}.md#{e.name.lower()})"
             place = f"`{e.place}`" if e.default else e.place
-            lines.append(f"| {' | '.join([name, e.paper, place, e.merges, needed, counted])} |")
+            lines.append(f"| {' | '.join([name, e.paper, place, e.merges, e.routes, needed, counted])} |")
     for title, values in others().items():
         lines += [f"\n## {title}\n", "| written | is |", "|---|---|"]
         lines += [f"| `{_cell(written)}` | {_cell(what)} |" for written, what in values.items()]

@@ -47,7 +47,7 @@ def methods(explain: Explain = None, on: On = None, docs: Docs = None) -> None:
 
 def explanation(entry: Entry) -> str:
     """Return what there is to know about one method, as text."""
-    facts = [f"Written: {entry.settings}", f"Default place: {entry.place}", f"Merges: {entry.merges}"]
+    facts = [f"Written: {entry.settings}", f"Default place: {entry.place}", f"Merges: {entry.merges}", f"Routes: {entry.routes}"]
     facts += [f"Law that it does not keep: {law} ({reason})." for law, reason in entry.breaks.items()]
     return "\n\n".join([f"{entry.name} ({entry.group})\n{entry.line}", entry.about, "\n".join(facts)])
 
@@ -73,10 +73,10 @@ def _equations(entries: list[Entry]) -> Table:
 
 
 def _counts(entries: list[Entry], model: nn.Module, backbone: str) -> Table:
-    table = _table("method", "default place", "merges", "needs", "parameters", f"trained on {backbone}")
+    table = _table("method", "default place", "merges", "routes", "needs", "parameters", f"trained on {backbone}")
     for e in entries:
         counted, needed = e.count(model)
-        table.add_row(e.name, e.place, e.merges, needed, e.formula, counted)
+        table.add_row(e.name, e.place, e.merges, e.routes, needed, e.formula, counted)
     return table
 
 

@@ -6,12 +6,13 @@ hang under one reserved child of the root, `model.deltas.<name>`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import groupby
 from keyword import iskeyword
 from operator import attrgetter
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from deltatune.core.delta import Delta, Placement, place
 from deltatune.core.fit import check_backbone, check_tensors
 from deltatune.core.method import Method
 from deltatune.core.ports import PORTS, Edit, Setting, Tensors
-from deltatune.core.site import anatomy
+from deltatune.core.site import Anatomy, anatomy
 from deltatune.core.weights import Weights, fingerprint, generate, init
 from deltatune.errors import DeltaTuneError
 
@@ -35,7 +36,7 @@ class Deltas(nn.Module):
 
     def __init__(self, frozen: list[tuple[nn.Parameter, bool]]) -> None:
         super().__init__()
-        self.attached: dict[str, Attachment] = {}
+        self.attached: dict[str, Link] = {}
         self.frozen = frozen
         self.settings: list[tuple[Setting, Any]] = []
 
@@ -44,61 +45,28 @@ class Deltas(nn.Module):
         return x
 
 
-class Attachment:
-    """A live link between weights and a backbone; undone by `detach()` or by leaving its `with` block."""
+class Link:
+    """Something live on a backbone, under a name: its leaves hang at `model.deltas.<name>`, and detaching undoes it bit for bit."""
 
-    def __init__(
-        self, model: nn.Module, name: str, source: Weights, placements: list[Placement], leaves: Leaves
-    ) -> None:
-        self.model, self.name, self.leaves = model, name, leaves
-        self.delta, self.placements = source.delta, placements
-        self._spec = replace(
-            source, tensors={}, fixed={}
-        )  # the leaves hold the numbers; a second copy would double the memory of Full
-
-    @property
-    def weights(self) -> Weights:
-        """The current numbers, as float32 CPU copies."""
-        stored = {p.name(leaf) for p in self.placements for leaf, d in p.leaves.items() if d.kind == "stored"}
-        now = {name: t.detach().to("cpu", copy=True) for name, t in self._named() if isinstance(t, nn.Parameter)}
-        fixed = {name: t.to("cpu", copy=True) for name, t in self._named() if name in stored}
-        return replace(self._spec, tensors=now, fixed=fixed)
+    def __init__(self, model: nn.Module, name: str, leaves: nn.Module, what: object) -> None:
+        self.model, self.name, self.leaves, self.what = model, name, leaves, what
 
     @property
     def attached(self) -> bool:
         """Whether the link still exists."""
-        deltas = self.model._modules.get("deltas")
-        return isinstance(deltas, Deltas) and deltas.attached.get(self.name) is self
+        return links(self.model).get(self.name) is self
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the trained tensors."""
         return self.leaves.parameters()
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the trained tensors with their names in the weights."""
-        return ((name, t) for name, t in self._named() if isinstance(t, nn.Parameter))
-
-    def _named(self) -> Iterator[tuple[str, Tensor]]:
-        held: dict[str, Any] = {**self.leaves._parameters, **self.leaves._buffers}
-        names = dict.fromkeys(p.name(leaf) for p in self.placements for leaf in p.leaves)
-        return ((name, held[key(name)]) for name in names)
-
-    def set(self, weights: Weights) -> None:
-        """Put other numbers of the same delta in place, without touching the model's structure or a compiled graph."""
-        if weights.delta != self.delta:
-            raise DeltaTuneError(f"{self.name!r} holds {self.delta}; the weights given are for {weights.delta}.")
-        check_tensors(weights, self.placements)
-        for name, tensor in self._named():
-            if name in weights.held:
-                tensor.data.copy_(weights.held[name])
-
     def detach(self) -> None:
-        """Take this delta off the model; raises `DeltaTuneError` when it is off already."""
+        """Take this off the model; raises `DeltaTuneError` when it is off already."""
         if not self.attached:
             raise DeltaTuneError(f"{self.name!r} is not attached any more.")
         _remove(self)
 
-    def __enter__(self) -> Attachment:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -109,7 +77,53 @@ class Attachment:
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
-        return f"<{'attached' if self.attached else 'detached'} {self.name}: {self.delta}, {count:,} parameters>"
+        return f"<{'attached' if self.attached else 'detached'} {self.name}: {self.what}, {count:,} parameters>"
+
+
+class Attachment(Link):
+    """A live link between weights and a backbone; undone by `detach()` or by leaving its `with` block."""
+
+    def __init__(
+        self, model: nn.Module, name: str, source: Weights, placements: list[Placement], leaves: Leaves
+    ) -> None:
+        super().__init__(model, name, leaves, source.delta)
+        self.delta, self.placements = source.delta, placements
+        self._spec = replace(
+            source, tensors={}, fixed={}
+        )  # the leaves hold the numbers; a second copy would double the memory of Full
+
+    @property
+    def weights(self) -> Weights:
+        """The current numbers, as float32 CPU copies."""
+        return read(self._spec, self.placements, self.leaves)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the trained tensors with their names in the weights."""
+        return ((name, t) for name, t in named(self.placements, self.leaves) if isinstance(t, nn.Parameter))
+
+    def set(self, weights: Weights) -> None:
+        """Put other numbers of the same delta in place, without touching the model's structure or a compiled graph."""
+        if weights.delta != self.delta:
+            raise DeltaTuneError(f"{self.name!r} holds {self.delta}; the weights given are for {weights.delta}.")
+        check_tensors(weights, self.placements)
+        for name, tensor in named(self.placements, self.leaves):
+            if name in weights.held:
+                tensor.data.copy_(weights.held[name])
+
+
+def named(placements: list[Placement], leaves: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a delta by their names in the weights, from the module that holds them."""
+    held: dict[str, Any] = {**leaves._parameters, **leaves._buffers}
+    names = dict.fromkeys(p.name(leaf) for p in placements for leaf in p.leaves)
+    return ((name, held[key(name)]) for name in names)
+
+
+def read(spec: Weights, placements: list[Placement], leaves: nn.Module) -> Weights:
+    """Return weights with the numbers that `leaves` holds now, as CPU copies, and all else from `spec`."""
+    kinds = {p.name(leaf): d.kind for p in placements for leaf, d in p.leaves.items()}
+    now = {name: t.detach().to("cpu", copy=True) for name, t in named(placements, leaves)}
+    tensors, fixed = ({n: t for n, t in now.items() if kinds[n] == kind} for kind in ("trained", "stored"))
+    return replace(spec, tensors=tensors, fixed=fixed)
 
 
 def key(name: str) -> str:
@@ -126,18 +140,20 @@ def attach(
     as it was, when the name is taken, the backbone is another one, or the tensors do not fit.
     """
     weights = what if isinstance(what, Weights) else init(what, model, seed)
-    name = _free_name(model, name)
+    name = free_name(model, name)
     check_backbone(weights.backbone, fingerprint(model), check)
     placements = place(model, weights.delta)
     check_tensors(weights, placements)
-    leaves = _leaves(model, weights, placements)
-    edits, settings = _plan(model, placements, leaves)
+    leaves = hold(model, weights, placements)
+    edits, settings = plan(model, placements, leaves)
     attachment = Attachment(model, name, weights, placements, leaves)
-    _apply(attachment, edits, settings)
+    hang(attachment, settings)
+    put(attachment, edits)
     return attachment
 
 
-def _free_name(model: nn.Module, name: str | None) -> str:
+def free_name(model: nn.Module, name: str | None, prefix: str = "delta") -> str:
+    """Return the name under which something new can hang on the model, `name` itself where one is given and can."""
     deltas = model._modules.get("deltas")
     if "deltas" in dir(model) and not isinstance(deltas, Deltas):
         raise DeltaTuneError(
@@ -145,17 +161,18 @@ def _free_name(model: nn.Module, name: str | None) -> str:
         )
     taken = deltas.attached if isinstance(deltas, Deltas) else {}
     if name is None:
-        return next(f"delta{i}" for i in range(len(taken) + 1) if f"delta{i}" not in taken)
+        return next(f"{prefix}{i}" for i in range(len(taken) + 1) if f"{prefix}{i}" not in taken)
     if name in taken:
         raise DeltaTuneError(
-            f"a delta called {name!r} is attached already ({taken[name].delta}); detach it or choose another name."
+            f"a delta called {name!r} is attached already ({taken[name].what}); detach it or choose another name."
         )
     if not name.isidentifier() or iskeyword(name) or name in dir(Deltas([])):
         raise DeltaTuneError(f"{name!r} cannot be read as model.deltas.<name>; choose a plain name such as 'sst2'.")
     return name
 
 
-def _leaves(model: nn.Module, weights: Weights, placements: list[Placement]) -> Leaves:
+def hold(model: nn.Module, weights: Weights, placements: list[Placement], learn: bool = True) -> Leaves:
+    """Return a module that holds the weights' tensors, each on the device of its site: copies, if they are to `learn`."""
     leaves = Leaves()
     held = {**generate(model, placements, weights.seed, "seeded", {}), **weights.held}
     for placement in placements:
@@ -164,22 +181,25 @@ def _leaves(model: nn.Module, weights: Weights, placements: list[Placement]) -> 
             name = placement.name(leaf)
             if key(name) in leaves._parameters or key(name) in leaves._buffers:
                 continue
-            tensor = held[name].detach().to(here, copy=True)
-            if declared.trained:
+            tensor = held[name].detach().to(here, copy=learn)
+            if declared.trained and learn:
                 leaves.register_parameter(key(name), nn.Parameter(tensor))
             else:
                 leaves.register_buffer(key(name), tensor, persistent=False)
     return leaves
 
 
-def _plan(model: nn.Module, placements: list[Placement], leaves: Leaves) -> tuple[list[Edit], list[Setting]]:
+def plan(
+    model: nn.Module, placements: list[Placement], leaves: Leaves, parts: Anatomy | None = None
+) -> tuple[list[Edit], list[Setting]]:
+    """Return the ports that a delta puts at the model's modules, and the settings that they need; touches nothing."""
     terms: dict[int, list[Seat]] = {}
     for placement in placements:
         inner = replace(placement, method=placement.method.computes)
         terms.setdefault(placement.term, []).append((inner, tensors_of(placement, leaves)))
     edits: list[Edit] = []
     settings: list[Setting] = []
-    parts = anatomy(model)
+    parts = parts or anatomy(model)
     for seats in terms.values():
         method = seats[0][0].method
         if method.acts not in BUILDERS:
@@ -197,21 +217,21 @@ def tensors_of(placement: Placement, leaves: nn.Module) -> Tensors:
     return Tensors(placement.method, leaves, {leaf: key(placement.name(leaf)) for leaf in placement.leaves})
 
 
-def _apply(attachment: Attachment, edits: list[Edit], settings: list[Setting]) -> None:
-    model, name = attachment.model, attachment.name
+def hang(link: Link, settings: Iterable[Setting]) -> None:
+    """Hang a link's leaves under the model, which freezes the backbone, and change what its ports need changed."""
+    model = link.model
     if "deltas" not in model._modules:
         model.add_module("deltas", Deltas([(p, p.requires_grad) for p in model.parameters()]))
         model.requires_grad_(False)
     deltas: Any = model._modules["deltas"]
-    deltas.add_module(name, attachment.leaves)
-    deltas.attached[name] = attachment
-    for edit in edits:
-        if PORTS not in edit.module.__dict__:
-            edit.module.__dict__[PORTS] = Ports()
-            edit.module.__class__ = with_ports(type(edit.module))
-        ports: Ports = edit.module.__dict__[PORTS]
-        if (name, edit) not in ports.entries:  # sites may ask for the same thing around them
-            ports.change([*ports.entries, (name, edit)])
+    deltas.add_module(link.name, link.leaves)
+    deltas.attached[link.name] = link
+    settle(link, settings)
+
+
+def settle(link: Link, settings: Iterable[Setting]) -> None:
+    """Change what ports need changed around them; it is given back when the last link goes."""
+    deltas: Any = link.model._modules["deltas"]
     for setting in settings:
         before = attrgetter(setting.attribute)(setting.owner)
         if before != setting.value:
@@ -219,18 +239,34 @@ def _apply(attachment: Attachment, edits: list[Edit], settings: list[Setting]) -
             setattr(setting.owner, setting.attribute, setting.value)
 
 
-def _remove(attachment: Attachment) -> None:
-    model, name = attachment.model, attachment.name
-    deltas: Any = model._modules["deltas"]
-    for module in list(model.modules()):
+def put(link: Link, edits: Iterable[Edit]) -> None:
+    """Put a link's ports at the modules of its model."""
+    for module, own in groupby(sorted(edits, key=lambda e: id(e.module)), key=lambda e: e.module):
+        if PORTS not in module.__dict__:
+            module.__dict__[PORTS] = Ports(module)
+            module.__class__ = with_ports(type(module))
+        ports: Ports = module.__dict__[PORTS]
+        new = dict.fromkeys((link.name, edit) for edit in own)  # sites may ask for the same thing around them
+        ports.change([*ports.entries, *(entry for entry in new if entry not in ports.entries)])
+
+
+def take_off(link: Link, modules: Iterable[nn.Module]) -> None:
+    """Take a link's ports off these modules; one that has none left gets its class back."""
+    for module in modules:
         ports: Ports | None = module.__dict__.get(PORTS)
         if ports is None:
             continue
-        ports.change([entry for entry in ports.entries if entry[0] != name])
+        ports.change([entry for entry in ports.entries if entry[0] != link.name])
         if not ports.entries:
             del module.__dict__[PORTS]
             module.__class__ = type(module)._deltatune_base  # type: ignore[attr-defined]
-    del deltas._modules[name], deltas.attached[name]
+
+
+def _remove(link: Link) -> None:
+    model = link.model
+    deltas: Any = model._modules["deltas"]
+    take_off(link, list(model.modules()))
+    del deltas._modules[link.name], deltas.attached[link.name]
     if not deltas.attached:
         for setting, before in reversed(deltas.settings):
             setattr(setting.owner, setting.attribute, before)
@@ -241,5 +277,10 @@ def _remove(attachment: Attachment) -> None:
 
 def attachments(model: nn.Module) -> dict[str, Attachment]:
     """Return the deltas attached to `model`, by name."""
+    return {name: link for name, link in links(model).items() if isinstance(link, Attachment)}
+
+
+def links(model: nn.Module) -> dict[str, Link]:
+    """Return all that is attached to `model`, by name: deltas, and pools of them."""
     deltas = model._modules.get("deltas")
     return dict(deltas.attached) if isinstance(deltas, Deltas) else {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -17,53 +19,92 @@ BASE = "_deltatune_base"
 class Ports:
     """The ports of one module, in the order they were attached."""
 
+    module: nn.Module
     entries: list[tuple[str, Edit]] = field(default_factory=list)
     pre: tuple[Any, ...] = ()
     post: tuple[Any, ...] = ()
     heads: tuple[Any, ...] = ()
+    around: tuple[Any, ...] = ()
+    scope: tuple[Any, ...] = ()
     param: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+
+    @property
+    def base(self) -> type[nn.Module]:
+        """The module's own class, under what attaching made of it."""
+        return vars(type(self.module)).get(BASE, type(self.module))
 
     def change(self, entries: list[tuple[str, Edit]]) -> None:
         """Replace the entries and sort their ports by verb, so that a call only walks tuples."""
         self.entries = entries
-        by_verb = {verb: tuple(e.port for _, e in entries if e.verb == verb) for verb in ("pre", "post", "heads")}
+        verbs = ("pre", "post", "heads", "around", "scope")
+        by_verb = {verb: tuple(e.port for _, e in entries if e.verb == verb) for verb in verbs}
         self.pre, self.post, self.heads = by_verb["pre"], by_verb["post"], by_verb["heads"]
+        self.around, self.scope = by_verb["around"], by_verb["scope"]
         names = dict.fromkeys(e.name for _, e in entries if e.verb == "param")
         self.param = tuple((n, tuple(e.port for _, e in entries if e.verb == "param" and e.name == n)) for n in names)
 
 
-def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    ports: Ports = self.__dict__[PORTS]
-    for port in ports.pre:
-        args, kwargs = port.pre(self, args, kwargs)
-    if ports.param:
-        return _call_substituted(self, ports, args, kwargs)
-    y = type(self)._deltatune_base.__call__(self, *args, **kwargs)  # type: ignore[attr-defined]
-    for port in ports.post:
-        y = port.post(self, args, kwargs, y)
+def run(here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a module through its ports, or through those that one part of a batch has there."""
+    for port in here.pre:
+        args, kwargs = port.pre(here, args, kwargs)
+    if here.param:
+        return _run_substituted(here, args, kwargs)
+    return _run_within(here, args, kwargs)
+
+
+def _run_within(here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if here.around:
+        (port,) = here.around  # one route at a time has the rows of a batch
+        y = port.around(here, args, kwargs)
+    else:
+        y = here.base.__call__(here.module, *args, **kwargs)
+    for port in here.post:
+        y = port.post(here, args, kwargs, y)
     return y
 
 
-def _call_substituted(self: nn.Module, ports: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    owners = [(_owner(self, name), name.rpartition(".")[2], changes) for name, changes in ports.param]
+def _run_substituted(here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    owners = [(_owner(here.module, name), name.rpartition(".")[2], changes) for name, changes in here.param]
     kept = [(owner, name, owner._parameters[name]) for owner, name, _ in owners]
     try:
         for owner, name, changes in owners:
             for port in changes:
                 owner._parameters[name] = port.param(owner, owner._parameters[name])
-        y = type(self)._deltatune_base.__call__(self, *args, **kwargs)  # type: ignore[attr-defined]
-        for port in ports.post:
-            y = port.post(self, args, kwargs, y)
-        return y
+        return _run_within(here, args, kwargs)
     finally:
         for owner, name, theta in kept:
             owner._parameters[name] = theta
+
+
+@contextmanager
+def standing(inside: Iterable[tuple[nn.Module, Ports]]) -> Iterator[None]:
+    """The scope in which modules inside the one that is running have these ports."""
+    kept = [(module, module.__dict__[PORTS]) for module, _ in inside]
+    try:
+        for module, ports in inside:
+            module.__dict__[PORTS] = ports
+        yield
+    finally:
+        for module, ports in kept:
+            module.__dict__[PORTS] = ports
 
 
 def _owner(module: nn.Module, name: str) -> nn.Module:
     """Return the module that holds a parameter named as seen from `module`, itself in most cases."""
     path = name.rpartition(".")[0]
     return module.get_submodule(path) if path else module
+
+
+def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return run(self.__dict__[PORTS], args, kwargs)
+
+
+def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    with ExitStack() as scopes:
+        for port in self.__dict__[PORTS].scope:
+            scopes.enter_context(port.scope(args, kwargs))
+        return type(self)._deltatune_base.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
@@ -86,4 +127,6 @@ def _extra_repr(self: nn.Module) -> str:
 def with_ports(base: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of `base` whose calls go through the ports; it keeps the name, by which others look classes up."""
     verbs = {"__call__": _call, "__reduce_ex__": _reduce, "extra_repr": _extra_repr}
+    if "generate" in dir(base):
+        verbs["generate"] = _generate
     return type(base.__name__, (base,), {**verbs, "__module__": base.__module__, BASE: base})

@@ -19,7 +19,7 @@ from deltatune.core.spec import Spec, concrete
 if TYPE_CHECKING:
     from deltatune.core.delta import Delta
 
-Law = Literal["identity", "merge", "width", "compile"]
+Law = Literal["identity", "merge", "width", "compile", "route"]
 
 
 class Bag:
@@ -43,13 +43,15 @@ class Method(Spec):
     """What is done at a site.
 
     `where` is the default place, `acts` the interface, `kinds` the kinds of site it can act on, and `breaks` names each
-    law that cannot hold for it, with the reason.
+    law that cannot hold for it, with the reason. A `batched` method computes with tensors of each row's own too: p holds
+    matrices [rows, m, n] and vectors [rows, 1, n] then, and x, y and h are [rows, n, d].
     """
 
     where: ClassVar[str]
     acts: ClassVar[str]
     kinds: ClassVar[tuple[Kind, ...]]
     breaks: ClassVar[dict[Law, str]] = {}
+    batched: ClassVar[bool] = False
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         """Declare the tensors of this method at `site`, by name."""

@@ -7,7 +7,7 @@ and `heads` serves the attention function of the backbone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from deltatune.core.method import Bag, Method, OnLinear
 from deltatune.core.site import Part, Site
 
+if TYPE_CHECKING:
+    from deltatune.core.calls import Ports
+
 PORTS = "_deltatune_ports"
-Verb = Literal["pre", "post", "param", "heads"]
+Verb = Literal["pre", "post", "param", "heads", "around", "scope"]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Tensors:
@@ -55,9 +59,14 @@ class LinearPort(Port):
     def __init__(self, site: Site, method: OnLinear, tensors: Tensors) -> None:
         super().__init__(site, method, tensors)
 
-    def post(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+    def before(self, here: Ports) -> list[LinearPort]:
+        """Return the ports that change the same weight before this one does."""
+        ports = [p for p in here.post if isinstance(p, LinearPort) and p.site.part == self.site.part]
+        return ports[: ports.index(self)]
+
+    def post(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
-        p, base, part = self.tensors(y.dtype), BaseView(module, self), self.site.part
+        p, base, part = self.tensors(y.dtype), BaseView(here, self), self.site.part
         if part is None:
             return self.method.output(p, x, y, base)
         return part.put(y, self.method.output(p, x, part.take(y, -1), base), -1)
@@ -66,28 +75,20 @@ class LinearPort(Port):
 class BaseView:
     """The layer under a method, with what the ports before it make of its weight and bias; computed when it is read."""
 
-    def __init__(self, module: nn.Module, port: LinearPort) -> None:
-        self.module, self.port = module, port
-
-    def _before(self) -> list[LinearPort]:
-        ports = [
-            p
-            for p in self.module.__dict__[PORTS].post
-            if isinstance(p, LinearPort) and p.site.part == self.port.site.part
-        ]
-        return ports[: ports.index(self.port)]
+    def __init__(self, here: Ports, port: LinearPort) -> None:
+        self.here, self.port = here, port
 
     @property
     def weight(self) -> Tensor:
-        W = self.port.site.matrix(self.module.weight)  # type: ignore[arg-type]
-        for port in self._before():
+        W = self.port.site.matrix(self.here.module.weight)  # type: ignore[arg-type]
+        for port in self.port.before(self.here):
             W = port.method.weight(port.tensors(W.dtype), W)
         return W
 
     @property
     def bias(self) -> Tensor | None:
-        b = bias_of(self.module, self.port.site.part)
-        for port in self._before():
+        b = bias_of(self.here.module, self.port.site.part)
+        for port in self.port.before(self.here):
             b = port.method.bias(port.tensors(self.weight.dtype), b)
         return b
 
@@ -99,14 +100,12 @@ class StreamPort(Port):
         super().__init__(site, method, tensors)
         self.first = first
 
-    def pre(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def pre(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         if args:
             return (self._changed(args[0]), *args[1:]), kwargs
         return args, {**kwargs, self.first: self._changed(kwargs[self.first])}
 
-    def post(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+    def post(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
         return (self._placed(y[0]), *y[1:]) if isinstance(y, tuple) else self._placed(y)
 
     def _placed(self, y: Tensor) -> Tensor:
@@ -128,9 +127,7 @@ class BranchPort(StreamPort):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "x": None}  # it belongs to a graph, and the next call brings another
 
-    def pre(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def pre(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         self.x = args[0] if args else kwargs[self.first]
         return args, kwargs
 
@@ -189,7 +186,7 @@ class BiasPort(Port):
         b = self.method.bias(self.tensors(dtype), theta)
         return None if b is None else b.to(dtype)
 
-    def post(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+    def post(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
         b = self.method.bias(self.tensors(y.dtype), None)
         return y if b is None else y + b.to(y.dtype)
 

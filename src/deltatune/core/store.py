@@ -24,10 +24,11 @@ def load(model: nn.Module, path: Path | str, name: str | None = None, check: boo
 
     Raises `DeltaTuneError` when they were made for another backbone.
     """
-    return attach(model, _read(model, Path(path), check), name, check=check)
+    return attach(model, read_weights(model, Path(path), check), name, check=check)
 
 
-def _read(model: nn.Module, path: Path, check: bool) -> Weights:
+def read_weights(model: nn.Module, path: Path, check: bool) -> Weights:
+    """Read weights for `model` from a folder or file, of deltatune or of a library in `formats`."""
     for mark, reader in READERS.items():
         if (path / mark).is_file() and not (path / "delta.safetensors").exists():
             return reader(model, path, check)

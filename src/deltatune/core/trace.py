@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltatune.core.calls import Ports
 from deltatune.core.ports import PORTS
 from deltatune.errors import DeltaTuneError
 
@@ -48,8 +49,8 @@ class Watcher:
     def __init__(self) -> None:
         self.called: set[int] = set()
 
-    def pre(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        self.called.add(id(module))
+    def pre(self, here: Ports, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        self.called.add(id(here.module))
         return args, kwargs
 
 

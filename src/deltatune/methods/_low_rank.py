@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def changed(W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
@@ -12,8 +13,14 @@ def changed(W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def routed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
-    """Return y + scale (x A^T) B^T, which needs no matrix of the weight's size."""
-    return y + (x.to(y.dtype) @ A.mT @ B.mT) * scale
+    """Return y + scale (x A^T) B^T, which needs no matrix of the weight's size; A and B may be each row's own [rows, ...]."""
+    h = x.to(y.dtype) @ A.mT
+    return torch.baddbmm(y, h, B.mT, alpha=scale) if B.dim() == 3 else y + (h @ B.mT) * scale
+
+
+def affine(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """Return x W^T + b; W may be each row's own [rows, m, n], with b [rows, 1, m] and x [rows, k, n]."""
+    return torch.baddbmm(b, x, W.mT) if W.dim() == 3 else F.linear(x, W, b)
 
 
 def largest(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

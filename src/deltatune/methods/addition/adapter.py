@@ -21,6 +21,7 @@ from deltatune.core.leaf import Init, Leaf, Normal, Zeros
 from deltatune.core.method import OnStream
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError, nearest
+from deltatune.methods._low_rank import affine
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -41,6 +42,7 @@ class Adapter(OnStream):
     up: Init = Zeros()
 
     where = "{attn.o,cross.o?,ffn.down}:out"
+    batched = True
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -55,7 +57,7 @@ class Adapter(OnStream):
         return {"D": Leaf((m, d), self.down), "d": Leaf((m,)), "U": Leaf((d, m), self.up), "u": Leaf((d,))}
 
     def stream(self, p: Any, h: Tensor) -> Tensor:
-        return h + F.linear(ACTIVATIONS[self.activation](F.linear(h, p.D, p.d)), p.U, p.u)
+        return h + affine(ACTIVATIONS[self.activation](affine(h, p.D, p.d)), p.U, p.u)
 
 
 def houlsby(size: int = 64) -> Delta:

@@ -24,6 +24,7 @@ from deltatune.core.site import Site
 class IA3(OnLinear):
     """(IA)^3: y' = l * y at outputs, y' = W (l * x) + b at inputs (Liu et al., 2022)."""
 
+    batched = True
     where = "{{attn.{k,v},cross.{k,v}?}:out,ffn.down:in}"
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
@@ -37,8 +38,8 @@ class IA3(OnLinear):
 
     def output(self, p: Any, x: Tensor, y: Tensor, base: Base) -> Tensor:
         if _at_input(p):
-            return F.linear(x.to(y.dtype) * p.l.flatten(), base.weight.to(y.dtype), base.bias)
-        return y * p.l.flatten()
+            return F.linear(x.to(y.dtype) * p.l, base.weight.to(y.dtype), base.bias)
+        return y * p.l.mT
 
 
 def _at_input(p: Any) -> bool:

@@ -32,6 +32,7 @@ class LoRA(OnLinear):
     init: Start | Init = KaimingUniform()
 
     where = "{attn.{q,v},cross.{q,v}?}"
+    batched = True
 
     def __post_init__(self) -> None:
         if self.rank < 1:

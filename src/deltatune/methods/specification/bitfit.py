@@ -26,6 +26,7 @@ class BitFit(OnLinear):
 
     where = "{attn.{q,k,v,o},cross.{q,k,v,o}?,ffn.{gate?,up,down},norm?}"
     kinds = ("linear", "norm")
+    batched = True
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         return {"b": Leaf((site.d_out,))}
