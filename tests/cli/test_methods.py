@@ -39,7 +39,15 @@ def test_a_method_states_its_equation_its_paper_and_its_count(name: str) -> None
 def test_a_method_is_explained(name: str) -> None:
     entry = ENTRIES[name]
     text = command.explanation(entry)
-    for part in (f"{name} ({entry.group})", entry.equation, f"{name}(", "Parameters:", "Default place: ", "Merges: ", "Routes: "):
+    for part in (
+        f"{name} ({entry.group})",
+        entry.equation,
+        f"{name}(",
+        "Parameters:",
+        "Default place: ",
+        "Merges: ",
+        "Routes: ",
+    ):
         assert part in text
     assert all(reason in text for reason in entry.breaks.values())
     assert max(len(line) for line in text.splitlines()) <= 190

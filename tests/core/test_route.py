@@ -50,6 +50,15 @@ def test_a_pool_leaves_nothing_behind(model):
     assert [p.requires_grad for p in model.parameters()] == trained
 
 
+def test_one_name_is_for_all_rows_of_any_batch(model):
+    weights, given = lora(model, 1), tiny.batch(model)
+    with dt.attach(model, weights):
+        alone = output(model)
+    with dt.pool(model, {"a": weights, "b": lora(model, 2)}) as pool, pool.route("a"):
+        assert torch.equal(output(model), alone)
+        assert torch.equal(model(**{k: v[:1] for k, v in given.items()}).logits, alone[:1])
+
+
 def test_an_error_inside_a_route_ends_it(model):
     before = output(model)
     with dt.pool(model, {"a": lora(model, 1)}) as pool:
@@ -98,7 +107,7 @@ def test_members_come_from_weights_deltas_and_folders(model, tmp_path):
     pool = dt.pool(model, {"saved": tmp_path / "own", "fresh": dt.LoRA(rank=2)})
     pool.add("method", dt.BitFit())
     assert pool.names == ("saved", "fresh", "method") and len(pool) == 3 and "saved" in pool
-    assert pool.weights("saved").delta == dt.LoRA(rank=4).at(dt.LoRA.where)
+    assert pool["saved"].delta == dt.LoRA(rank=4).at(dt.LoRA.where)
     pool.remove("fresh")
     assert "fresh" not in pool
 
@@ -107,10 +116,10 @@ def test_members_of_a_training_pool_hang_in_the_model_and_are_read_back(model):
     pool = dt.pool(model, {"a": lora(model, 1), "b": lora(model, 2)}, train=True)
     names = {n for n, p in model.named_parameters() if p.requires_grad}
     assert names and all(n.startswith(("deltas.pool0.a.", "deltas.pool0.b.")) for n in names)
-    for _, leaf in pool.named_parameters("a"):
+    for _, leaf in pool["a"].named_parameters():
         leaf.fill_(0.5)
-    assert all((t == 0.5).all() for t in pool.weights("a").tensors.values())
-    assert not any((t == 0.5).all() for t in pool.weights("b").tensors.values())
+    assert all((t == 0.5).all() for t in pool["a"].weights.tensors.values())
+    assert not any((t == 0.5).all() for t in pool["b"].weights.tensors.values())
     pool.remove("a")
     assert not any(".a." in n for n, _ in model.named_parameters())
 

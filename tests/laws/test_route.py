@@ -43,7 +43,7 @@ def test_a_mixed_batch_equals_each_row_alone_forward_and_backward(method, name):
     with dt.pool(model, {"a": a, "b": b}, train=True) as pool, pool.route(["a", None, "b"]):
         mixed = output(model, **given)
         sum(real(mixed, given, row).square().mean() for row in range(3)).backward()
-        learned = {key: {n: p.grad for n, p in pool.named_parameters(key)} for key in "ab"}
+        learned = {key: {n: p.grad for n, p in pool[key].named_parameters()} for key in "ab"}
     same(mixed, alone["a"], given, [0])
     same(mixed, bare, given, [1])
     same(mixed, alone["b"], given, [2])

@@ -48,7 +48,10 @@ def _index(groups: dict[str, list[Entry]], model: nn.Module, backbone: str) -> s
     lines = [f"# Methods\n\n{HOW}{READ.format(backbone=backbone)}"]
     for group, own in groups.items():
         lines += [f"\n## [{TITLES[group]}]({group}.md)\n"]
-        lines += [f"| method | paper | default place | merges | routes | needs | on {backbone} |", "|---|---|---|---|---|---|---:|"]
+        lines += [
+            f"| method | paper | default place | merges | routes | needs | on {backbone} |",
+            "|---|---|---|---|---|---|---:|",
+        ]
         for e in own:
             counted, needed = e.count(model)
             name = f"[{e.name}]({group}.md#{e.name.lower()})"

@@ -47,7 +47,12 @@ def methods(explain: Explain = None, on: On = None, docs: Docs = None) -> None:
 
 def explanation(entry: Entry) -> str:
     """Return what there is to know about one method, as text."""
-    facts = [f"Written: {entry.settings}", f"Default place: {entry.place}", f"Merges: {entry.merges}", f"Routes: {entry.routes}"]
+    facts = [
+        f"Written: {entry.settings}",
+        f"Default place: {entry.place}",
+        f"Merges: {entry.merges}",
+        f"Routes: {entry.routes}",
+    ]
     facts += [f"Law that it does not keep: {law} ({reason})." for law, reason in entry.breaks.items()]
     return "\n\n".join([f"{entry.name} ({entry.group})\n{entry.line}", entry.about, "\n".join(facts)])
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltatune.core import gather  # noqa: F401 (says how ports on linears and hidden states go together)
-from deltatune.core.attach import Leaves, Link, free_name, hang, hold, links, named, plan, put, read, settle, take_off
+from deltatune.core.attach import Attachment, Leaves, Link, free_name, hang, hold, links, plan, put, settle, take_off
 from deltatune.core.calls import Ports
 from deltatune.core.delta import Delta, Placement, as_delta, place
 from deltatune.core.fit import check_backbone, check_tensors
@@ -124,24 +124,21 @@ class Pool(Link):
         del self._members[name]
         self.leaves._modules.pop(name, None)
 
-    def weights(self, name: str) -> Weights:
-        """Return a member's weights with the numbers of now, as CPU copies."""
+    def __getitem__(self, name: str) -> Attachment:
+        """Return a member: its delta, its weights with the numbers of now, and in a pool that trains its parameters."""
         weights = self._members[self._find(name)]
-        return read(weights, self._placements(weights.delta), self._held[name]) if self.train else weights
-
-    def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the trained tensors of a member with their names in the weights; none unless the pool was made to train."""
-        placements = self._placements(self._members[self._find(name)].delta)
-        return ((n, t) for n, t in named(placements, self._leaves(name)) if isinstance(t, nn.Parameter))
+        return Attachment(self.model, name, weights, self._placements(weights.delta), self._leaves(name))
 
     @contextmanager
-    def route(self, rows: Sequence[Row]) -> Iterator[Pool]:
+    def route(self, rows: str | Sequence[Row]) -> Iterator[Pool]:
         """The scope in which each row of a batch has its own delta: a name, several names (in that order), or None for none.
 
-        Calls and `generate` (beams and returned sequences included) keep the rows apart; a backward pass belongs into the
-        scope. Raises `DeltaTuneError` for unknown names, within another route, and when a batch has other rows.
+        One name alone is for all rows of any batch. Calls and `generate` (beams and returned sequences included) keep the
+        rows apart; a backward pass belongs into the scope. Raises `DeltaTuneError` for unknown names, within another
+        route, and when a batch has other rows.
         """
         self._check_free()
+        every, rows = isinstance(rows, str), [rows] if isinstance(rows, str) else rows
         wanted = [() if row is None else (row,) if isinstance(row, str) else tuple(row) for row in rows]
         if not wanted:
             raise DeltaTuneError(
@@ -150,7 +147,7 @@ class Pool(Link):
         self._routed = frozenset(self._find(name) for names in wanted for name in names)
         edits: list[Edit] = []
         try:
-            edits = [*self._edits(wanted), *self._counting(len(wanted))]
+            edits = self._entry(wanted[0]).edits if every else [*self._edits(wanted), *self._counting(len(wanted))]
             self.routing = True
             put(self, edits)
             yield self

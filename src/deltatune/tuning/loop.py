@@ -10,6 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,35 +100,52 @@ class Loop:
 
     def run(self) -> Progress:
         """Train to the end of the recipe and leave the best parameters in place."""
-        recipe, progress = self.recipe, self.progress
-        sizes = [row.tokens for row in self.rows]
-        order = batches(sizes, recipe.batch, self.seed, progress.step)
-        self.model.train(recipe.dropout)
+        order = self.order()
+        self.model.train(self.recipe.dropout)
         with deterministic(self.device), self.log:
-            while not progress.finished(recipe):
-                self.step([self.rows[index] for index in next(order)])
-                last = progress.step == recipe.steps
-                if self.evaluate and recipe.eval_every and (last or progress.step % recipe.eval_every == 0):
-                    self.judge(self.evaluate)
-                ended = progress.finished(recipe)
-                if recipe.checkpoint_every and (ended or progress.step % recipe.checkpoint_every == 0):
-                    self.save()
+            while not self.progress.finished(self.recipe):
+                self.step(next(order))
+                self.look()
         self.finish()
-        return progress
+        return self.progress
+
+    def order(self) -> Iterator[list[Row]]:
+        """Yield the batches from the step that the run is at."""
+        sizes = [row.tokens for row in self.rows]
+        for batch in batches(sizes, self.recipe.batch, self.seed, self.progress.step):
+            yield [self.rows[index] for index in batch]
 
     def step(self, rows: list[Row]) -> None:
         """Take one step on one batch and log it."""
         started = time.perf_counter()
-        rate = self.rate(self.progress.step)
         batch = collate(rows, self.pad, self.device)
-        with drawn(self.attachment, self.seed * self.recipe.steps + self.progress.step):
+        with self.drawn():
             with compute(self.device, self.recipe):
                 loss = self.model(**batch).loss
             extra = penalty(self.attachment)
             self.accelerator.backward(loss if extra is None else loss + extra)
+        self.update(loss.detach(), rows, started)
+
+    def drawn(self) -> AbstractContextManager[None]:
+        """The scope of a step, in which what the methods draw has its values."""
+        return drawn(self.attachment, self.seed * self.recipe.steps + self.progress.step)
+
+    def look(self) -> None:
+        """Judge and save where the recipe says that it is time."""
+        recipe, progress = self.recipe, self.progress
+        last = progress.step == recipe.steps
+        if self.evaluate and recipe.eval_every and (last or progress.step % recipe.eval_every == 0):
+            self.judge(self.evaluate)
+        ended = progress.finished(recipe)
+        if recipe.checkpoint_every and (ended or progress.step % recipe.checkpoint_every == 0):
+            self.save()
+
+    def update(self, loss: Tensor, rows: list[Row], started: float) -> None:
+        """Take the optimizer's step with the gradients that are there, and log it."""
+        rate = self.rate(self.progress.step)
         norm: Any = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.clip or math.inf)
         # The only wait for the device in a step, before the optimizer can spoil the parameters.
-        value, size = torch.stack([loss.detach().float(), norm.detach().float()]).tolist()
+        value, size = torch.stack([loss.float(), norm.detach().float()]).tolist()
         if not (math.isfinite(value) and math.isfinite(size)):
             raise NonFiniteLoss(self.explain(value, rate))
         for group in self.optimizer.param_groups:

@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from deltatune.backbones import Backbone, load
 from deltatune.core.delta import Delta
 from deltatune.core.evidence import MEASURED, evidence, needs
+from deltatune.core.route import Pool
 from deltatune.errors import DeltaTuneError
 from deltatune.files import read_json, write_json, write_text
 from deltatune.tasks import Example, score, task
@@ -36,45 +38,75 @@ def tune(run: Run, folder: Path | str, on_step: OnStep | None = None) -> dict[st
     written to `failure.json` and raised; raises `DeltaTuneError` when the folder holds another run.
     """
     folder = Path(folder)
-    _claim(run, folder)
-    if (folder / RESULT).exists():
-        remove_checkpoint(folder)
-        return read_json(folder / RESULT)
+    claim(run, folder)
+    found = finished(folder)
+    if found is not None:
+        return found
+    started = time.perf_counter()
     try:
-        result = _Session(run, folder).result(on_step)
+        session = Session(run, folder, Session.load(run), started=started)
+        loop = session.loop(on_step)
+        result = session.result(loop.run() if loop else session.untrained())
     except Exception as error:
         write_json(folder / FAILURE, {"error": type(error).__name__, "message": str(error)})
         raise
+    return conclude(folder, result)
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """Return the result of a finished run, and None for another."""
+    if not (folder / RESULT).exists():
+        return None
+    remove_checkpoint(folder)
+    return read_json(folder / RESULT)
+
+
+def conclude(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Write the result of a run, which finishes it, and return it."""
     write_json(folder / RESULT, result)
     (folder / FAILURE).unlink(missing_ok=True)
     remove_checkpoint(folder)
     return result
 
 
-class _Session:
-    """One attempt at a run: everything that is built for it."""
+class Session:
+    """One attempt at a run: everything that is built for it, on a backbone of its own or as a member of a pool."""
 
-    def __init__(self, run: Run, folder: Path) -> None:
+    def __init__(
+        self, run: Run, folder: Path, backbone: Backbone, members: Pool | None = None, started: float | None = None
+    ) -> None:
         import deltatune as dt
 
-        self.started = time.perf_counter()
+        started = started or time.perf_counter()
         self.run, self.folder, self.recipe = run, folder, run.recipe
-        self.backbone = load(run.backbone)
-        self.backbone_parameters = sum(parameter.numel() for parameter in self.backbone.model.parameters())
+        self.backbone, self.device = backbone, next(backbone.model.parameters()).device
+        own = (p for name, p in backbone.model.named_parameters() if not name.startswith("deltas."))
+        self.backbone_parameters = sum(parameter.numel() for parameter in own)
         self.task = task(run.task)
         self.codec = Codec(self.backbone, self.recipe.max_input, self.recipe.max_target)
-        self.device = to_device(self.backbone)
         delta = dt.parse(run.delta)
         weights = dt.init(delta, self.backbone.model, run.seed, evidence=self._evidence(delta))
         self.count = weights.count
-        self.attachment = dt.attach(self.backbone.model, weights)
+        self.scope: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if members is None:
+            self.attachment = dt.attach(self.backbone.model, weights)
+        else:
+            name = f"run_{run.id}"
+            members.add(name, weights)
+            self.attachment, self.scope = members[name], lambda: members.route(name)
+        self.loading = time.perf_counter() - started
 
-    def result(self, on_step: OnStep | None) -> dict[str, Any]:
-        """Train, evaluate once on test where the recipe says so, write what is kept, and return the result."""
+    @staticmethod
+    def load(run: Run) -> Backbone:
+        """Return the run's backbone on the device that computes, ready to answer."""
+        backbone = load(run.backbone)
+        to_device(backbone)
+        return backbone
+
+    def result(self, progress: Progress) -> dict[str, Any]:
+        """Evaluate once on test where the recipe says so, write what is kept, and return the result."""
         import deltatune as dt
 
-        loading = time.perf_counter() - self.started
-        progress, stopped = self._train(on_step)
         started = time.perf_counter()
         scores = self._test() if self.recipe.test else {"test": None, "majority": None}
         dt.save(self.attachment, self.folder)
@@ -87,14 +119,14 @@ class _Session:
             "dev": progress.dev,
             "best_step": progress.best_step,
             "steps": progress.step,
-            "stopped": stopped,
+            "stopped": progress.finished(self.recipe) or "steps",
             "parameters": self.count,
             "backbone_parameters": self.backbone_parameters,
             "file_bytes": (self.folder / "delta.safetensors").stat().st_size,
             "seconds": {
                 "train": progress.train_seconds,
                 "evaluate": progress.evaluate_seconds + evaluating,
-                "total": loading + progress.total_seconds + evaluating,
+                "total": self.loading + progress.total_seconds + evaluating,
             },
             **_from_log(self.folder / LOG),
             "tokens": progress.tokens,
@@ -126,25 +158,33 @@ class _Session:
         write_predictions(self.folder / PREDICTIONS, examples, predictions)
         return {"test": score(self.task.metric, predictions, examples), "majority": majority(self.task, examples)}
 
-    def _train(self, on_step: OnStep | None) -> tuple[Progress, str]:
-        if not self.count:  # the backbone as it is: there is a dev score, and nothing to train
-            dev = self._dev()
-            return Progress(dev=dev() if dev else None), "steps"
+    def loop(self, on_step: OnStep | None) -> Loop | None:
+        """Return what trains the run, or None when its delta has nothing to train."""
+        if not self.count:
+            return None
         recipe, run = self.recipe, self.run
         rows = make_rows(self.codec, self.task, self._examples())
-        loop = Loop(self.attachment, rows, self.codec.pad, recipe, run.seed, self.folder, self._dev(), on_step)
-        progress = loop.run()
-        return progress, progress.finished(recipe) or "steps"
+        return Loop(self.attachment, rows, self.codec.pad, recipe, run.seed, self.folder, self._dev(), on_step)
+
+    def untrained(self) -> Progress:
+        """Return the progress of the backbone as it is: there is a dev score, and nothing to train."""
+        dev = self._dev()
+        return Progress(dev=dev() if dev else None)
 
     def _dev(self) -> Callable[[], float] | None:
         if not self.recipe.eval_every:
             return None
         examples = self.task.split("dev")[: self.recipe.dev_limit or None]
         questions = make_questions(self.codec, self.task, examples)
-        return lambda: score(self.task.metric, answer(self.backbone, questions, self.codec, self.recipe), examples)
+
+        def judge() -> float:
+            with self.scope():
+                return score(self.task.metric, answer(self.backbone, questions, self.codec, self.recipe), examples)
+
+        return judge
 
     def _answer(self, examples: list[Example]) -> list[str]:
-        with compute(self.device, self.recipe):
+        with self.scope(), compute(self.device, self.recipe):
             return answer(self.backbone, make_questions(self.codec, self.task, examples), self.codec, self.recipe)
 
 
@@ -166,7 +206,7 @@ def write_predictions(path: Path, examples: Sequence[Example], predictions: Sequ
     write_text(path, "\n".join(lines) + "\n")
 
 
-def _claim(run: Run, folder: Path) -> None:
+def claim(run: Run, folder: Path) -> None:
     """Write `run.json`, or raise when the folder belongs to another run."""
     path = folder / RUN
     content = {"id": run.id, **run.to_json()}
