@@ -32,6 +32,10 @@ def run(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try the runs again that failed before.")
     ] = False,
+    together: Annotated[
+        int,
+        typer.Option(min=1, help="Train this many runs in one pass over a backbone; it pays on a GPU, not on a CPU."),
+    ] = 1,
 ) -> None:
     """Do every run of a plan that is not done yet.
 
@@ -43,9 +47,11 @@ def run(
     read = Plan.read(plan)
     folder = out or Path("studies/out") / read.name
     try:
-        status = run_study(read, folder, workers=workers, retry_failed=retry_failed)
+        status = run_study(read, folder, workers=workers, retry_failed=retry_failed, together=together)
     except KeyboardInterrupt:
-        typer.secho(f"Stopped; nothing is lost. To continue: {_command(plan, out, workers)}", fg="yellow", err=True)
+        typer.secho(
+            f"Stopped; nothing is lost. To continue: {_command(plan, out, workers, together)}", fg="yellow", err=True
+        )
         raise typer.Exit(STOPPED) from None
     _show(status)
     if not status.complete:
@@ -83,8 +89,9 @@ def report(
     typer.echo(f"Wrote {place / 'report.html'} (and report.md, results.csv, results.json, figures/).")
 
 
-def _command(plan: Path, out: Path | None, workers: int | None) -> str:
+def _command(plan: Path, out: Path | None, workers: int | None, together: int) -> str:
     options = [f"--out {out}" if out else "", f"--workers {workers}" if workers else ""]
+    options.append(f"--together {together}" if together > 1 else "")
     return " ".join(["deltatune study run", str(plan), *filter(None, options)])
 
 

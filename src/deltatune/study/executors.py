@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from deltatune.study.crew import Crew, Worker, cores
 from deltatune.study.display import Display
+from deltatune.study.groups import run_groups
 from deltatune.study.inputs import check_places, inspect
 from deltatune.study.plan import Entry, Plan
 from deltatune.study.status import Status, status_of
@@ -29,11 +30,13 @@ def run_study(
     workers: int | None = None,
     retry_failed: bool = False,
     execute: Execute | None = None,
+    together: int = 1,
 ) -> Status:
     """Do the runs of a plan that are not done yet, in `workers` processes (default: one a core), and return the state.
 
     Idempotent: issued again it continues, with a longer plan it adds runs, issued twice at a time the commands share
-    the work. A run that fails is recorded and the others go on; a run whose process died is tried once more. Raises
+    the work. A run that fails is recorded and the others go on; a run whose process died is tried once more. With
+    `together` above 1, that many runs train in one pass over a backbone first, in this process. Raises
     `DeltaTuneError` before anything runs when a task or backbone is unknown or a delta has no place in a backbone.
     """
     plan = plan if isinstance(plan, Plan) else Plan.read(plan)
@@ -45,6 +48,10 @@ def run_study(
     if retry_failed:
         for found in store.found().values():
             store.forgive(found.id)
+    if together > 1:
+        from rich.console import Console
+
+        run_groups(plan, store, together, Console(highlight=False, markup=False).print)
     size = workers or cores()
     threads = int(os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // size))).split(",")[0])
     crew = Crew(store, size, threads, execute)
