@@ -26,7 +26,7 @@ steps = 5
 """
 
 
-def found(folder: Path) -> dict[Run, dict[str, Any]]:
+def found(folder: Path) -> dict[Run, Any]:
     return {run: each.result for run, each in Store(folder).found().items()}
 
 
