@@ -21,7 +21,7 @@ BESIDE = {("formats", "backbones"), ("serve", "theory"), ("serve", "study"), ("t
 SHARED = {"errors", "files"}
 # These stand in for a function of somebody else's, so they take what it takes.
 STAND_INS = {("core/calls.py", "_call"), ("core/calls.py", "_generate"), ("backbones/attention.py", "attention")}
-FILE_LINES, FUNCTION_LINES = 300, 40
+FILE_LINES, METHOD_LINES, METHOD_MEDIAN, FUNCTION_LINES = 300, 150, 60, 40
 CODE = sorted(path for part in ("src", "tests", "benchmarks", "examples") for path in (ROOT / part).rglob("*.py"))
 MODULES = sorted(SOURCE.rglob("*.py"))
 
@@ -182,6 +182,20 @@ def test_no_function_passes_its_keywords_through() -> None:
 def test_files_stay_small() -> None:
     lengths = {name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in CODE}
     assert {path: lines for path, lines in lengths.items() if lines > FILE_LINES} == {}
+
+
+def test_methods_stay_small() -> None:
+    from deltatune.core.method import registry
+
+    importlib.import_module("deltatune.methods")
+    homes = {method.__module__ for method in registry().values()}
+    lengths = [
+        (len(path.read_text(encoding="utf-8").splitlines()), name(path))
+        for path in (SOURCE / "methods").rglob("*.py")
+        if ".".join(dotted(path)) in homes
+    ]
+    assert [line for line in lengths if line[0] > METHOD_LINES] == []
+    assert sorted(lengths)[len(lengths) // 2][0] <= METHOD_MEDIAN
 
 
 def test_functions_stay_small() -> None:

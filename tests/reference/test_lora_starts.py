@@ -242,10 +242,20 @@ def test_a_start_that_does_not_fit_says_what_to_write(start, rank, message):
 def test_inputs_that_cannot_be_inverted_are_refused():
     given = Given(Site("", "0", d_in=3, d_out=3), {"weight": torch.eye(3)}, {"inputs": {"0": torch.zeros(3, 3)}})
     with pytest.raises(dt.DeltaTuneError, match="cannot invert"):
-        dt.CorDA().factors(1, 1.0, torch.Generator(), given)
+        dt.CorDA().factors(1, 1.0, given)
 
 
 def test_a_spec_from_before_the_starts_still_reads():
     old = [{"where": "attn.q", "method": {"LoRA": {"rank": 8, "alpha": 16.0, "init": {"Normal": {"std": 0.02}}}}}]
     assert dt.parse(copy.deepcopy(old)) == dt.LoRA(init=dt.Normal(0.02)).at("attn.q")
     assert dt.LoRA(init=dt.Normal(0.02)).at("attn.q").to_json() == old
+
+
+@pytest.mark.parametrize("method", [dt.LoRA(RANK, init=dt.PiSSA()), dt.LoRAXS(RANK), dt.PSOFT(RANK), dt.OSF()], ids=str)
+def test_a_weight_is_decomposed_once_for_all_leaves_of_a_site_and_they_share_no_memory(method, monkeypatch):
+    decompose, seen = torch.linalg.svd, []
+    monkeypatch.setattr(torch.linalg, "svd", lambda M, **how: seen.append(M) or decompose(M, **how))
+    weights = dt.init(method.at(PLACE) + method.at(PLACE), single())
+    assert len(seen) == 2
+    stores = [tensor.untyped_storage().data_ptr() for tensor in weights.held.values()]
+    assert len(set(stores)) == len(stores) > 2

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -14,15 +14,27 @@ from deltatune.core.site import Site
 from deltatune.core.spec import Spec
 
 Shape = tuple[int, ...]
+Held = Literal["trained", "stored", "seeded"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Given:
-    """What an initialiser may look at: the site, its module's own tensors by name, and the evidence handed to `init`."""
+    """What an initialiser may look at: the site, its module's own tensors by name, and the evidence handed to `init`.
+
+    All leaves of a method at one site are given the same one, so what they start from together is computed `once`.
+    """
 
     site: Site
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    _known: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """Return what `compute` gives, without computing it again for the site's next leaf; nothing random belongs here."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
 
     @property
     def weight(self) -> Tensor:
@@ -155,6 +167,6 @@ class Leaf:
     rate: float = 1.0
 
     @property
-    def kind(self) -> Literal["trained", "stored", "seeded"]:
+    def kind(self) -> Held:
         """How it is held: trained, stored with the weights as it is, or regenerated from their seed."""
         return "trained" if self.trained else "stored" if self.stored else "seeded"

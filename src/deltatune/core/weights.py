@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +20,7 @@ from safetensors.torch import save as to_bytes
 from torch import Generator, Tensor, nn
 
 from deltatune.core.delta import Delta, Placement, as_delta, parse, place
-from deltatune.core.leaf import Given, Leaf
+from deltatune.core.leaf import Given, Held
 from deltatune.core.method import Method
 from deltatune.errors import DeltaTuneError
 from deltatune.files import write_bytes, write_json
@@ -192,45 +193,52 @@ def init(delta: Delta | Method, model: nn.Module, seed: int = 0, evidence: Mappi
     """
     delta = as_delta(delta)
     placements = place(model, delta)
-    trained = generate(model, placements, seed, "trained", evidence or {})
-    fixed = generate(model, placements, seed, "stored", evidence or {})
-    return Weights(delta, trained, fingerprint(model), seed, fixed=fixed)
+    held = _starts(model, placements, seed, ("trained", "stored"), evidence or {})
+    return Weights(delta, held["trained"], fingerprint(model), seed, fixed=held["stored"])
 
 
 def generate(
     model: nn.Module,
     placements: list[Placement],
     seed: int,
-    kind: Literal["trained", "stored", "seeded"],
+    kind: Held,
     evidence: Mapping[str, Any],
 ) -> dict[str, Tensor]:
     """Return the start of all leaves that are held in one way."""
-    tensors: dict[str, Tensor] = {}
-    used: dict[str, int] = {}
+    return _starts(model, placements, seed, (kind,), evidence)[kind]
+
+
+def _starts(
+    model: nn.Module, placements: list[Placement], seed: int, kinds: tuple[Held, ...], evidence: Mapping[str, Any]
+) -> dict[Held, dict[str, Tensor]]:
+    """Return the start of all leaves that are held in one of some ways, site by site."""
+    found: dict[Held, dict[str, Tensor]] = {kind: {} for kind in kinds}
+    used: Counter[tuple[Held, str]] = Counter()
     for placement in placements:
+        own = dict(model.get_submodule(placement.site.path).named_parameters(recurse=False))
+        given = Given(placement.site, own, evidence)
         for leaf, declared in placement.leaves.items():
             name = placement.name(leaf)
-            if declared.kind != kind or name in tensors:
+            if declared.kind not in kinds or name in found[declared.kind]:
                 continue
             identity = name.partition(".")[2]
-            used[identity] = used.get(identity, -1) + 1
-            tensors[name] = _start(model, placement, leaf, declared, f"{seed}|{identity}|{used[identity]}", evidence)
-    return tensors
+            again = used[declared.kind, identity]
+            used[declared.kind, identity] += 1
+            found[declared.kind][name] = _start(placement, leaf, f"{seed}|{identity}|{again}", given)
+    return found
 
 
-def _start(
-    model: nn.Module, placement: Placement, leaf: str, declared: Leaf, identity: str, evidence: Mapping[str, Any]
-) -> Tensor:
-    lacking = declared.init.needs - set(evidence)
+def _start(placement: Placement, leaf: str, identity: str, given: Given) -> Tensor:
+    declared = placement.leaves[leaf]
+    lacking = declared.init.needs - set(given.evidence)
     if lacking:
         raise DeltaTuneError(
             f"{placement.method} starts from {sorted(lacking)}: pass init(..., evidence={{{sorted(lacking)[0]!r}: ...}})."
         )
     generator = Generator().manual_seed(int.from_bytes(hashlib.sha256(identity.encode()).digest()[:7], "big"))
-    own = dict(model.get_submodule(placement.site.path).named_parameters(recurse=False))
-    tensor = declared.init.fill(declared.shape, generator, Given(placement.site, own, evidence))
+    tensor = declared.init.fill(declared.shape, generator, given)
     if tuple(tensor.shape) != declared.shape:
         raise DeltaTuneError(
             f"{declared.init} gave the shape {tuple(tensor.shape)} for {leaf!r} of {placement.method}; it needs {declared.shape}."
         )
-    return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)  # a leaf shares memory with nothing

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltatune.core.leaf import Given
+
 
 def changed(W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     """Return W + scale B A for A [r, d_in] and B [d_out, r]."""
@@ -26,6 +28,17 @@ def affine(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
 def largest(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the `rank` largest singular triplets of M [m, n]: U [m, rank], S [rank] and V^T [rank, n]."""
     U, S, Vt = torch.linalg.svd(M, full_matrices=False)
+    return U[:, :rank], S[:rank], Vt[:rank]
+
+
+def decomposed(given: Given) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the singular value decomposition of a site's weight, U [d_out, k], S [k] and V^T [k, d_in], computed once a site."""
+    return given.once("svd", lambda: torch.linalg.svd(given.weight, full_matrices=False))
+
+
+def principal(given: Given, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the `rank` largest singular triplets of a site's weight."""
+    U, S, Vt = decomposed(given)
     return U[:, :rank], S[:rank], Vt[:rank]
 
 

@@ -21,7 +21,7 @@ from deltatune.core.method import Bag, Law
 from deltatune.core.site import Site
 from deltatune.core.spec import Spec
 from deltatune.errors import DeltaTuneError
-from deltatune.methods._low_rank import halves, largest
+from deltatune.methods._low_rank import decomposed, halves, largest, principal
 from deltatune.methods._nf4 import nf4
 
 
@@ -78,7 +78,7 @@ class LoRAPlus(Start):
 class Computed(Start):
     """A start whose factors are computed together, from the site's weight or from evidence."""
 
-    def factors(self, rank: int, scale: float, generator: Generator, given: Given) -> tuple[Tensor, Tensor]:
+    def factors(self, rank: int, scale: float, given: Given) -> tuple[Tensor, Tensor]:
         """Return A [rank, d_in] and B [d_out, rank]."""
         raise NotImplementedError
 
@@ -96,7 +96,7 @@ class Computed(Start):
 class StartFactor(Init):
     """One of the two factors that a start computes together."""
 
-    start: Start
+    start: Computed
     factor: Literal["A", "B"]
     scale: float
 
@@ -106,18 +106,17 @@ class StartFactor(Init):
         return self.start.needs
 
     def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
-        assert isinstance(self.start, Computed)
-        rank = shape[0] if self.factor == "A" else shape[1]
-        A, B = self.start.factors(rank, self.scale, generator, given)
-        return (A if self.factor == "A" else B).contiguous()
+        start, rank = self.start, shape[0] if self.factor == "A" else shape[1]
+        A, B = given.once((start, rank, self.scale), lambda: start.factors(rank, self.scale, given))
+        return A if self.factor == "A" else B
 
 
 @dataclass(frozen=True)
 class PiSSA(Computed):
     """The principal part of W: B A scale = U_r S_r V_r^T, half of S in each (Meng et al., 2024, arXiv:2404.02948)."""
 
-    def factors(self, rank: int, scale: float, generator: Generator, given: Given) -> tuple[Tensor, Tensor]:
-        U, S, Vt = largest(given.weight, rank)
+    def factors(self, rank: int, scale: float, given: Given) -> tuple[Tensor, Tensor]:
+        U, S, Vt = principal(given, rank)
         return halves(U, S / scale, Vt)
 
 
@@ -125,7 +124,7 @@ class PiSSA(Computed):
 class OLoRA(Computed):
     """The QR decomposition of W: B = the first columns of Q, A = the first rows of R (Büyükakyüz, 2024, arXiv:2406.01775)."""
 
-    def factors(self, rank: int, scale: float, generator: Generator, given: Given) -> tuple[Tensor, Tensor]:
+    def factors(self, rank: int, scale: float, given: Given) -> tuple[Tensor, Tensor]:
         Q, R = torch.linalg.qr(given.weight)
         return R[:rank], Q[:, :rank]
 
@@ -141,7 +140,7 @@ class CorDA(Computed):
     part: Literal["largest", "smallest"] = "largest"
     needs = frozenset({"inputs"})
 
-    def factors(self, rank: int, scale: float, generator: Generator, given: Given) -> tuple[Tensor, Tensor]:
+    def factors(self, rank: int, scale: float, given: Given) -> tuple[Tensor, Tensor]:
         C, inverse = _invertible(given.about("inputs").to("cpu", torch.float32))
         U, S, Vt = torch.linalg.svd(given.weight @ C, full_matrices=False)
         keep = slice(None, rank) if self.part == "largest" else slice(-rank, None)
@@ -180,7 +179,7 @@ class LoRAGA(Computed):
             )
         return super().leaves(site, rank, scale)
 
-    def factors(self, rank: int, scale: float, generator: Generator, given: Given) -> tuple[Tensor, Tensor]:
+    def factors(self, rank: int, scale: float, given: Given) -> tuple[Tensor, Tensor]:
         U, S, Vt = largest(given.oriented(given.about("gradient")), 2 * rank)
         lower, upper, even, odd = slice(rank), slice(rank, None), slice(None, None, 2), slice(1, None, 2)
         of_A, of_B = {"ArB2r": (lower, upper), "A2rBr": (upper, lower), "ArBr": (odd, even)}[self.direction]
@@ -199,7 +198,7 @@ class EVA(Computed):
     def leaves(self, site: Site, rank: int, scale: float) -> dict[str, Leaf]:
         return Neutral(StartFactor(self, "A", scale)).leaves(site, rank, scale)
 
-    def factors(self, rank: int, scale: float, generator: Generator, given: Given) -> tuple[Tensor, Tensor]:
+    def factors(self, rank: int, scale: float, given: Given) -> tuple[Tensor, Tensor]:
         _, vectors = torch.linalg.eigh(given.about("inputs").to("cpu", torch.float32))
         return vectors.mT.flip(0)[:rank], torch.zeros(given.site.d_out, rank)
 
@@ -215,8 +214,8 @@ class MiCA(Computed):
         B = Leaf((site.d_out, rank), StartFactor(self, "B", scale), trained=False, stored=True)
         return {"A": Leaf((rank, site.d_in)), "B": B}
 
-    def factors(self, rank: int, scale: float, generator: Generator, given: Given) -> tuple[Tensor, Tensor]:
-        U, _, _ = torch.linalg.svd(given.weight, full_matrices=False)
+    def factors(self, rank: int, scale: float, given: Given) -> tuple[Tensor, Tensor]:
+        U, _, _ = decomposed(given)
         return torch.zeros(rank, given.site.d_in), U[:, -rank:]
 
     def unfold(self, p: Any) -> Any:
@@ -224,7 +223,21 @@ class MiCA(Computed):
 
 
 @dataclass(frozen=True)
-class OrthogonalStart(Computed):
+class OrthogonalFactor(Init):
+    """A = Q_1^T N_1 / 10 or B = N_2 Q_2 / 10 of `OrthogonalStart`, each with an N of its own."""
+
+    factor: Literal["A", "B"]
+
+    def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
+        rank = shape[0] if self.factor == "A" else shape[1]
+        Q, _ = torch.linalg.qr(torch.randn(rank, rank, generator=Generator().manual_seed(rank)))
+        if self.factor == "A":
+            return Q[0::2].mT @ torch.randn(rank // 2, shape[1], generator=generator) / 10
+        return torch.randn(shape[0], rank // 2, generator=generator) @ Q[1::2] / 10
+
+
+@dataclass(frozen=True)
+class OrthogonalStart(Start):
     """Both factors random and B A = 0: A = Q_1^T N_1 / 10 and B = N_2 Q_2 / 10 (as in peft, after datta0, 2024).
 
     N_1 and N_2 are standard normal; Q_1 and Q_2 are the odd and even rows of one orthogonal matrix, fixed by the rank.
@@ -233,18 +246,8 @@ class OrthogonalStart(Computed):
     def leaves(self, site: Site, rank: int, scale: float) -> dict[str, Leaf]:
         if rank % 2:
             raise DeltaTuneError(f"OrthogonalStart halves the rank; rank={rank} is odd, write {rank + 1}.")
-        leaves = super().leaves(site, rank, scale)
-        return {name: leaves[name] for name in ("A", "B")}
-
-    def factors(self, rank: int, scale: float, generator: Generator, given: Given) -> tuple[Tensor, Tensor]:
-        # A and B have generators of their own, so what they share cannot be drawn from either.
-        Q, _ = torch.linalg.qr(torch.randn(rank, rank, generator=Generator().manual_seed(rank)))
-        A = Q[0::2].mT @ torch.randn(rank // 2, given.site.d_in, generator=generator)
-        B = torch.randn(given.site.d_out, rank // 2, generator=generator) @ Q[1::2]
-        return A / 10, B / 10
-
-    def unfold(self, p: Any) -> Any:
-        return p
+        A, B = OrthogonalFactor("A"), OrthogonalFactor("B")
+        return {"A": Leaf((rank, site.d_in), A), "B": Leaf((site.d_out, rank), B)}
 
 
 @dataclass(frozen=True)
@@ -263,7 +266,7 @@ class LoftQ(Computed):
         leaves = super().leaves(site, rank, scale)
         return {name: leaves[name] for name in ("A", "B")}
 
-    def factors(self, rank: int, scale: float, generator: Generator, given: Given) -> tuple[Tensor, Tensor]:
+    def factors(self, rank: int, scale: float, given: Given) -> tuple[Tensor, Tensor]:
         _, product = self._alternate(given.weight, rank)
         U, S, Vt = largest(product, rank)
         return halves(U, S / scale, Vt)

@@ -10,48 +10,17 @@ all its sites, all experts share too. `only` names the parameter, where a place 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from deltatune.core.leaf import Given, Init, Leaf, Shape
+from deltatune.core.leaf import Leaf
 from deltatune.core.method import Bag, Method, OnTensor
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
-
-SHARED = "shared/"  # in front of the names of leaves that have no expert dimension
-
-
-@dataclass(frozen=True)
-class OfExperts(Init):
-    """The start of a leaf: `inner` at one expert after the other, or at the first one for a leaf that all share."""
-
-    inner: Init
-    shared: bool
-    transposed: bool
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """The evidence that the inner start needs."""
-        return self.inner.needs
-
-    def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
-        if self.shared:
-            return self.inner.fill(shape, generator, self._one(given, 0))
-        return torch.stack([self.inner.fill(shape[1:], generator, self._one(given, e)) for e in range(shape[0])])
-
-    def _one(self, given: Given, expert: int) -> Given:
-        """Return what the start of one expert may look at."""
-        site = given.site
-        own, name = given.tensors[site.tensor or ""][expert], f"{site.path}.{site.tensor}"
-        measured = {
-            kind: {name: found[name][expert]} if isinstance(found, Mapping) and name in found else found
-            for kind, found in given.evidence.items()
-        }
-        return Given(_expert(site, self.transposed), {"weight": own, site.tensor or "": own}, measured)
+from deltatune.methods._experts import SHARED, OfExperts, gathered, one_expert, split, with_gradients
 
 
 @dataclass(frozen=True)
@@ -90,7 +59,7 @@ class PerExpert(OnTensor):
                 f"PerExpert acts on parameters [experts, d_out, d_in]; {name!r} is {list(site.shape)}. Write "
                 'only="..." with the name of a 3-D parameter, or put the inner method at the linear layers themselves.'
             )
-        leaves = self.inner.leaves(_expert(site, self.transposed))
+        leaves = self.inner.leaves(one_expert(site, self.transposed))
         for leaf in leaves.values():
             if "inputs" in leaf.init.needs:
                 raise DeltaTuneError(
@@ -120,50 +89,17 @@ class PerExpert(OnTensor):
         return torch.func.vmap(one, in_dims=(axes, 0))(leaves, theta)
 
     def penalty(self, p: Any) -> Tensor | None:
-        terms = [self.inner.computes.penalty(self.inner.unfold(one)) for one in _experts(p)]
+        terms = [self.inner.computes.penalty(self.inner.unfold(one)) for one in split(p)]
         some = [term for term in terms if term is not None]
         return torch.stack(some).sum() if some else None
 
     def draw(self, p: Any, generator: Generator) -> dict[str, Tensor]:
-        return _gathered(p, [self.inner.draw(one, generator) for one in _experts(p)])
+        return gathered(p, [self.inner.draw(one, generator) for one in split(p)])
 
     def step(self, sites: list[Any], step: int, steps: int) -> list[dict[str, Tensor]] | None:
-        experts = [_with_gradients(p, _experts(p)) for p in sites]
+        experts = [with_gradients(p, split(p)) for p in sites]
         moved = self.inner.step([one for own in experts for one in own], step, steps)
         if moved is None:
             return None
         rest = iter(moved)
-        return [_gathered(p, [next(rest) for _ in own]) for p, own in zip(sites, experts, strict=True)]
-
-
-def _expert(site: Site, transposed: bool) -> Site:
-    """Return the site of one expert, a linear layer without a bias."""
-    _, first, last = site.shape
-    sizes = {"d_out": last, "d_in": first} if transposed else {"d_out": first, "d_in": last}
-    return replace(site, kind="linear", transposed=transposed, bias=False, shape=(first, last), **sizes)
-
-
-def _experts(p: Any) -> list[Any]:
-    """Return the inner method's tensors of every expert."""
-    count = next((len(tensor) for name, tensor in vars(p).items() if not name.startswith(SHARED)), 1)
-    return [
-        Bag({name.removeprefix(SHARED): t if name.startswith(SHARED) else t[e] for name, t in vars(p).items()})
-        for e in range(count)
-    ]
-
-
-def _with_gradients(p: Any, experts: list[Any]) -> list[Any]:
-    """Return the tensors of every expert with their part of the gradients."""
-    for name, tensor in vars(p).items():
-        if tensor.grad is not None and not name.startswith(SHARED):
-            for one, grad in zip(experts, tensor.grad, strict=True):
-                vars(one)[name].grad = grad
-    return experts
-
-
-def _gathered(p: Any, experts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return one tensor for each leaf that every expert has a new value for."""
-    first = experts[0]
-    shared = {SHARED + name: new for name, new in first.items() if SHARED + name in vars(p)}
-    own = [name for name in first if SHARED + name not in vars(p)]
-    return shared | {name: torch.stack([one[name] for one in experts]) for name in own}
+        return [gathered(p, [next(rest) for _ in own]) for p, own in zip(sites, experts, strict=True)]

@@ -34,7 +34,7 @@ class Subspaces(Init):
     def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
         W, site = given.weight, given.site
         whole = torch.cat([W, _bias(given)[:, None]], 1)
-        U, _, Vt = torch.linalg.svd(whole, full_matrices=False)
+        U, _, Vt = given.once("svd with bias", lambda: torch.linalg.svd(whole, full_matrices=False))
         U, Vt = U[:, : self.size], Vt[: self.size]
         if self.part in ("V", "c"):
             return (Vt[:, : site.d_in] if self.part == "V" else Vt[:, site.d_in]).contiguous()

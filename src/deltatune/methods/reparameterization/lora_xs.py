@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from deltatune.core.leaf import Given, Init, Leaf, Shape, Zeros
 from deltatune.core.method import Base, OnLinear
 from deltatune.core.site import Site
-from deltatune.methods._low_rank import changed, largest, routed
+from deltatune.methods._low_rank import changed, principal, routed
 from deltatune.methods._sizes import check_least, check_rank
 
 
@@ -27,8 +27,8 @@ class Principal(Init):
     side: Literal["U S", "V"]
 
     def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
-        U, S, Vt = largest(given.weight, shape[1] if self.side == "U S" else shape[0])
-        return (U * S if self.side == "U S" else Vt).contiguous()
+        U, S, Vt = principal(given, shape[1] if self.side == "U S" else shape[0])
+        return U * S if self.side == "U S" else Vt
 
 
 @dataclass(frozen=True)

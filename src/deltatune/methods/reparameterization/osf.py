@@ -13,13 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Generator, Tensor
 
 from deltatune.core.leaf import Given, Init, Leaf, Shape
 from deltatune.core.method import Base, OnLinear
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
+from deltatune.methods._low_rank import decomposed
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Singular(Init):
     end: Literal["largest", "smallest"]
 
     def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
-        U, S, Vt = torch.linalg.svd(given.weight, full_matrices=False)
+        U, S, Vt = decomposed(given)
         count = shape[1] if self.of == "U" else shape[0]
         chosen = slice(None, count) if self.end == "largest" else slice(len(S) - count, None)
-        return {"U": U[:, chosen], "S": S[chosen], "V": Vt[chosen]}[self.of].contiguous()
+        return {"U": U[:, chosen], "S": S[chosen], "V": Vt[chosen]}[self.of]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 from deltatune.core.leaf import Given, Init, Leaf, Ones, Shape
 from deltatune.core.method import Base, OnLinear
 from deltatune.core.site import Site
+from deltatune.methods._low_rank import principal
 from deltatune.methods._rotate import cayley, skew, triangle
 from deltatune.methods._sizes import check_least, check_rank
 
@@ -27,7 +28,7 @@ class RightVectors(Init):
     """The right singular vectors of the site's weight with the largest singular values, as rows."""
 
     def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
-        return torch.linalg.svd(given.weight, full_matrices=False).Vh[: shape[0]].contiguous()
+        return principal(given, shape[0])[2]
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class LeftVectors(Init):
     """The left singular vectors of the site's weight times the largest singular values, as columns."""
 
     def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
-        U, S, _ = torch.linalg.svd(given.weight, full_matrices=False)
-        return (U * S)[:, : shape[1]].contiguous()
+        U, S, _ = principal(given, shape[1])
+        return U * S
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from deltatune.core.leaf import Given, Init, Leaf, Normal, Shape
 from deltatune.core.method import Base, OnLinear
 from deltatune.core.site import Site
-from deltatune.methods._low_rank import changed, halves, largest, routed
+from deltatune.methods._low_rank import changed, halves, principal, routed
 from deltatune.methods._sizes import check_least, check_rank
 
 
@@ -30,8 +30,8 @@ class Half(Init):
     factor: Literal["A", "B"]
 
     def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
-        A, B = halves(*largest(given.weight, shape[0] if self.factor == "A" else shape[1]))
-        return (A if self.factor == "A" else B).contiguous()
+        A, B = halves(*principal(given, shape[0] if self.factor == "A" else shape[1]))
+        return A if self.factor == "A" else B
 
 
 @dataclass(frozen=True)
