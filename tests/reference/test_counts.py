@@ -199,7 +199,7 @@ FORMULAS = [
     (dt.PVeRA(rank=256), QV * (2 * 256 + D)),
     (dt.RandLoRA(rank=32), QV * 24 * (32 + D)),
     (dt.RoAd(variant=2), QV * 2 * D),
-    (dt.TinyLoRA(size=64), QV * 64),
+    (dt.TinyLoRA(size=64), 6 * L * 64),
     (dt.UniLoRA(size=256), 256),
     (dt.VBLoRA(rank=4, vectors=90, size=256), QV * 4 * (3 + 3) * 90 + 90 * 256),
     (dt.VeRA(rank=256), QV * (256 + D)),

@@ -63,7 +63,7 @@ def test_tiny_lora_equals_peft_with_the_same_projections():
 def test_tiny_lora_can_train_one_vector_for_all_sites():
     from tests import tiny
 
-    assert dt.sites(tiny.llama(), dt.TinyLoRA(size=13)).parameters == 6 * 13
+    assert dt.sites(tiny.llama(), dt.TinyLoRA(size=13)).parameters == 3 * 7 * 13
     assert dt.sites(tiny.llama(), dt.TinyLoRA(size=13, share="delta")).parameters == 13
 
 

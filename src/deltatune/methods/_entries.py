@@ -50,6 +50,7 @@ class SparseSpectrum(OnLinear):
 
     entries: int
     init: Init
+    rate: float = 1.0
 
     where = "{attn.{q,v},cross.{q,v}?}"
 
@@ -62,7 +63,7 @@ class SparseSpectrum(OnLinear):
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         check_entries(self, self.entries, site)
-        return {"c": Leaf((self.entries,), self.init), "idx": picked(self.entries, site)}
+        return {"c": Leaf((self.entries,), self.init, rate=self.rate), "idx": picked(self.entries, site)}
 
     def weight(self, p: Any, W: Tensor) -> Tensor:
         return W + self.change(p, *W.shape).to(W.dtype)

@@ -5,6 +5,8 @@
 A: [2 rank, d_in] and B: [d_out, rank] (uniform, He) are shared by all sites of a width, not trained, and come back from
 the seed. d: [2 rank] starts at 0.1 and b: [d_out] at zero, so the delta starts neutral. e is drawn once a training step
 and site, and is zero outside training: then, and in the weight, the mean alone counts. Parameters: 2 rank + d_out a site.
+
+d and b learn `rate` times as fast as the recipe says, as those of VeRA.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ class PVeRA(OnLinear):
 
     rank: int = 256
     start: float = 0.1
+    rate: float = 25.0
 
     where = "{attn.{q,v},cross.{q,v}?}"
 
@@ -38,7 +41,8 @@ class PVeRA(OnLinear):
     def leaves(self, site: Site) -> dict[str, Leaf]:
         r = self.rank
         A, B = shared("A", (2 * r, site.d_in), HeUniform()), shared("B", (site.d_out, r), HeUniform())
-        own = {"d": Leaf((2 * r,), Constant(self.start)), "b": Leaf((site.d_out,), Zeros())}
+        d = Leaf((2 * r,), Constant(self.start), rate=self.rate)
+        own = {"d": d, "b": Leaf((site.d_out,), Zeros(), rate=self.rate)}
         return {**A, **B, **own, "e": Leaf((r,), Zeros(), trained=False)}
 
     def draw(self, p: Any, generator: Generator) -> dict[str, Tensor]:

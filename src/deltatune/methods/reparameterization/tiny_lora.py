@@ -4,6 +4,7 @@
 
 A and B, half of the singular values in each, are not trained and travel with the weights; P, N(0, 1/rank), comes back
 from the seed. v starts at zero, so the delta starts neutral. `share="delta"` trains one v for all sites.
+The default place is every linear layer, as in the paper.
 Parameters: size a site, or size in all.
 """
 
@@ -42,7 +43,7 @@ class TinyLoRA(OnLinear):
     size: int = 64
     share: Literal["site", "delta"] = "site"
 
-    where = "{attn.{q,v},cross.{q,v}?}"
+    where = "{attn.{q,k,v,o},cross.{q,k,v,o}?,ffn.{gate?,up,down}}"
 
     def __post_init__(self) -> None:
         check_least(self, rank=self.rank, size=self.size)

@@ -5,7 +5,7 @@
 Entry i of a site's factors copies entry j(i) of theta; each j serves as many entries as any other, n_j, up to one. So
 the map from theta to the factors of a site keeps lengths, as the paper's does to those of all sites together (there n_j
 counts over all of them). The j(i) are not trained and come back from the seed. theta starts U(-0.02, 0.02), so the delta
-starts near neutral but not exactly. Parameters: size in all.
+starts near neutral but not exactly. The default size is the paper's for RoBERTa. Parameters: size in all.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class UniLoRA(OnLinear):
     """One vector for all of LoRA: W' = W + B A, [A, B]_i = theta_j(i) / sqrt(n_j) (Li et al., 2025)."""
 
     rank: int = 4
-    size: int = 256
+    size: int = 23040
     init: Init = Uniform(0.02)
 
     where = "{attn.{q,v},cross.{q,v}?}"

@@ -5,6 +5,8 @@
 A and B (uniform, He) are not trained and come back from the seed: one A for each d_in and one B for each d_out, where
 peft cuts those of narrow sites from the widest. d starts at 0.1 and b at zero, so the delta starts neutral.
 Parameters: rank + d_out a site.
+
+d and b learn `rate` times as fast as the recipe says: the authors train them at 1e-2 where LoRA has 4e-4.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class VeRA(OnLinear):
 
     rank: int = 256
     start: float = 0.1
+    rate: float = 25.0
 
     where = "{attn.{q,v},cross.{q,v}?}"
 
@@ -36,7 +39,8 @@ class VeRA(OnLinear):
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         A, B = shared("A", (self.rank, site.d_in), HeUniform()), shared("B", (site.d_out, self.rank), HeUniform())
-        return {**A, **B, "d": Leaf((self.rank,), Constant(self.start)), "b": Leaf((site.d_out,), Zeros())}
+        d = Leaf((self.rank,), Constant(self.start), rate=self.rate)
+        return {**A, **B, "d": d, "b": Leaf((site.d_out,), Zeros(), rate=self.rate)}
 
     def weight(self, p: Any, W: Tensor) -> Tensor:
         return changed(W, p.d[:, None] * find(p, "A"), p.b[:, None] * find(p, "B"))
