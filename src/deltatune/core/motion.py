@@ -54,7 +54,10 @@ def advance(attachment: Attachment, step: int, steps: int) -> None:
 
 
 def rates(attachment: Attachment) -> dict[nn.Parameter, float]:
-    """Return each trained tensor's learning rate as a multiple of the recipe's."""
+    """Return each trained tensor's learning rate as a multiple of the recipe's.
+
+    A loop of one's own gives the optimizer a group for each: `{"params": [tensor], "lr": lr * rate}`.
+    """
     declared = {p.name(leaf): d.rate for p in attachment.placements for leaf, d in p.leaves.items()}
     return {tensor: declared[name] for name, tensor in attachment.named_parameters()}
 
