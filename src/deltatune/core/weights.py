@@ -215,16 +215,17 @@ def _starts(
     found: dict[Held, dict[str, Tensor]] = {kind: {} for kind in kinds}
     used: Counter[tuple[Held, str]] = Counter()
     for placement in placements:
+        wanted: dict[str, Held] = {leaf: d.kind for leaf, d in placement.leaves.items() if d.kind in kinds}
+        if not wanted:
+            continue
         own = dict(model.get_submodule(placement.site.path).named_parameters(recurse=False))
         given = Given(placement.site, own, evidence)
-        for leaf, declared in placement.leaves.items():
+        for leaf, kind in wanted.items():
             name = placement.name(leaf)
-            if declared.kind not in kinds or name in found[declared.kind]:
-                continue
-            identity = name.partition(".")[2]
-            again = used[declared.kind, identity]
-            used[declared.kind, identity] += 1
-            found[declared.kind][name] = _start(placement, leaf, f"{seed}|{identity}|{again}", given)
+            if name not in found[kind]:
+                identity = name.partition(".")[2]
+                found[kind][name] = _start(placement, leaf, f"{seed}|{identity}|{used[kind, identity]}", given)
+                used[kind, identity] += 1
     return found
 
 
