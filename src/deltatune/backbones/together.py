@@ -13,7 +13,7 @@ from deltatune.backbones.positions import Positions, PositionsPort, prompting
 from deltatune.backbones.prompts import CausalPrompt, CrossMask, EncoderPrompt, Prompt, PromptHeads
 from deltatune.backbones.reader import RowPositions, by_name
 from deltatune.core.calls import Ports, run
-from deltatune.core.ports import Call
+from deltatune.core.ports import PORTS, Call
 from deltatune.core.rows import Rows
 from deltatune.core.together import TOGETHER, Fusion, Joint, Share, StreamRows, Together
 
@@ -59,7 +59,8 @@ def _as_alone(share: Share) -> Caller:
     """Return what calls a module through the ports of one share's delta."""
 
     def call(module: nn.Module, x: Tensor) -> Tensor:
-        return run(share.whole[module], (x,), {}) if module in share.whole else run(Ports(module), (x,), {})
+        own = share.whole.get(module) or Ports(module)
+        return run(own, (x,), {}) if PORTS in module.__dict__ else module(x)
 
     return call
 

@@ -17,12 +17,13 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from deltatune.core.builders import BUILDERS, Seat
-from deltatune.core.calls import Ports, with_ports
+from deltatune.core.calls import Ports, with_ports, without_ports
 from deltatune.core.delta import Delta, Placement, place
 from deltatune.core.fit import check_backbone, check_tensors
 from deltatune.core.method import Method
 from deltatune.core.ports import PORTS, Edit, Setting, Tensors
 from deltatune.core.site import Anatomy, anatomy
+from deltatune.core.stored import device, settle, share_gradients, stored, values
 from deltatune.core.weights import Weights, fingerprint, generate, init
 from deltatune.errors import DeltaTuneError
 
@@ -34,7 +35,7 @@ class Leaves(nn.Module):
 class Deltas(nn.Module):
     """The reserved child of the root that holds the leaves of every attachment, and what attaching has to give back."""
 
-    def __init__(self, frozen: list[tuple[nn.Parameter, bool]]) -> None:
+    def __init__(self, frozen: dict[str, bool]) -> None:
         super().__init__()
         self.attached: dict[str, Link] = {}
         self.frozen = frozen
@@ -94,7 +95,7 @@ class Attachment(Link):
 
     @property
     def weights(self) -> Weights:
-        """The current numbers, as float32 CPU copies."""
+        """The current numbers, as float32 CPU copies; of sharded leaves all of them, so every process has to ask."""
         return read(self._spec, self.placements, self.leaves)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -106,9 +107,10 @@ class Attachment(Link):
         if weights.delta != self.delta:
             raise DeltaTuneError(f"{self.name!r} holds {self.delta}; the weights given are for {weights.delta}.")
         check_tensors(weights, self.placements)
+        settle(self.model)
         for name, tensor in named(self.placements, self.leaves):
             if name in weights.held:
-                tensor.data.copy_(weights.held[name])
+                tensor.data.copy_(stored(weights.held[name], tensor))
 
 
 def named(placements: list[Placement], leaves: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -121,7 +123,7 @@ def named(placements: list[Placement], leaves: nn.Module) -> Iterator[tuple[str,
 def read(spec: Weights, placements: list[Placement], leaves: nn.Module) -> Weights:
     """Return weights with the numbers that `leaves` holds now, as CPU copies, and all else from `spec`."""
     kinds = {p.name(leaf): d.kind for p in placements for leaf, d in p.leaves.items()}
-    now = {name: t.detach().to("cpu", copy=True) for name, t in named(placements, leaves)}
+    now = {name: values(t.detach()).to("cpu", copy=True) for name, t in named(placements, leaves)}
     tensors, fixed = ({n: t for n, t in now.items() if kinds[n] == kind} for kind in ("trained", "stored"))
     return replace(spec, tensors=tensors, fixed=fixed)
 
@@ -166,7 +168,7 @@ def free_name(model: nn.Module, name: str | None, prefix: str = "delta") -> str:
         raise DeltaTuneError(
             f"a delta called {name!r} is attached already ({taken[name].what}); detach it or choose another name."
         )
-    if not name.isidentifier() or iskeyword(name) or name in dir(Deltas([])):
+    if not name.isidentifier() or iskeyword(name) or name in dir(Deltas({})):
         raise DeltaTuneError(f"{name!r} cannot be read as model.deltas.<name>; choose a plain name such as 'sst2'.")
     return name
 
@@ -176,7 +178,7 @@ def hold(model: nn.Module, weights: Weights, placements: list[Placement], learn:
     leaves = Leaves()
     held = {**generate(model, placements, weights.seed, "seeded", {}), **weights.held}
     for placement in placements:
-        here = next(model.get_submodule(placement.site.path).parameters()).device
+        here = device(model.get_submodule(placement.site.path))
         for leaf, declared in placement.leaves.items():
             name = placement.name(leaf)
             if key(name) in leaves._parameters or key(name) in leaves._buffers:
@@ -186,6 +188,7 @@ def hold(model: nn.Module, weights: Weights, placements: list[Placement], learn:
                 leaves.register_parameter(key(name), nn.Parameter(tensor))
             else:
                 leaves.register_buffer(key(name), tensor, persistent=False)
+    share_gradients(leaves, model)
     return leaves
 
 
@@ -221,15 +224,17 @@ def hang(link: Link, settings: Iterable[Setting]) -> None:
     """Hang a link's leaves under the model, which freezes the backbone, and change what its ports need changed."""
     model = link.model
     if "deltas" not in model._modules:
-        model.add_module("deltas", Deltas([(p, p.requires_grad) for p in model.parameters()]))
+        model.add_module(
+            "deltas", Deltas({n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)})
+        )
         model.requires_grad_(False)
     deltas: Any = model._modules["deltas"]
     deltas.add_module(link.name, link.leaves)
     deltas.attached[link.name] = link
-    settle(link, settings)
+    change_settings(link, settings)
 
 
-def settle(link: Link, settings: Iterable[Setting]) -> None:
+def change_settings(link: Link, settings: Iterable[Setting]) -> None:
     """Change what ports need changed around them; it is given back when the last link goes."""
     deltas: Any = link.model._modules["deltas"]
     for setting in settings:
@@ -259,7 +264,7 @@ def take_off(link: Link, modules: Iterable[nn.Module]) -> None:
         ports.change([entry for entry in ports.entries if entry[0] != link.name])
         if not ports.entries:
             del module.__dict__[PORTS]
-            module.__class__ = type(module)._deltatune_base  # type: ignore[attr-defined]
+            module.__class__ = without_ports(type(module))
 
 
 def _remove(link: Link) -> None:
@@ -270,9 +275,9 @@ def _remove(link: Link) -> None:
     if not deltas.attached:
         for setting, before in reversed(deltas.settings):
             setattr(setting.owner, setting.attribute, before)
-        for parameter, trained in deltas.frozen:
-            parameter.requires_grad_(trained)
         del model._modules["deltas"]
+        for path, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(deltas.frozen[path])
 
 
 def attachments(model: nn.Module) -> dict[str, Attachment]:

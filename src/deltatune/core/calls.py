@@ -28,11 +28,6 @@ class Ports:
     scope: tuple[Any, ...] = ()
     param: tuple[tuple[str, tuple[Any, ...]], ...] = ()
 
-    @property
-    def base(self) -> type[nn.Module]:
-        """The module's own class, under what attaching made of it."""
-        return vars(type(self.module)).get(BASE, type(self.module))
-
     def change(self, entries: list[tuple[str, Edit]]) -> None:
         """Replace the entries and sort their ports by verb, so that a call only walks tuples."""
         self.entries = entries
@@ -58,7 +53,7 @@ def _run_within(here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         (port,) = here.around  # one route at a time has the rows of a batch
         y = port.around(here, args, kwargs)
     else:
-        y = here.base.__call__(here.module, *args, **kwargs)
+        y = type(here.module)._deltatune_base.__call__(here.module, *args, **kwargs)  # type: ignore[attr-defined]
     for port in here.post:
         y = port.post(here, args, kwargs, y)
     return y
@@ -121,6 +116,16 @@ def _extra_repr(self: nn.Module) -> str:
     own = type(self)._deltatune_base.extra_repr(self)  # type: ignore[attr-defined]
     shown = dict.fromkeys(f"{name}: {edit.port.method}" for name, edit in self.__dict__[PORTS].entries)
     return ", ".join(filter(None, [own, *(f"<{text}>" for text in shown)]))
+
+
+@cache
+def without_ports(kind: type) -> type:
+    """Return the class that a module had before it got ports, also where someone else has put a subclass on top since."""
+    if BASE in vars(kind):
+        return vars(kind)[BASE]
+    bases = tuple(map(without_ports, kind.__bases__))
+    own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return kind if bases == kind.__bases__ else type(kind)(kind.__name__, bases, own)
 
 
 @cache

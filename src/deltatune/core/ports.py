@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from deltatune.core.method import Bag, Method, OnLinear
 from deltatune.core.site import Part, Site
+from deltatune.core.stored import values
 
 if TYPE_CHECKING:
     from deltatune.core.calls import Ports
@@ -80,7 +81,7 @@ class BaseView:
 
     @property
     def weight(self) -> Tensor:
-        W = self.port.site.matrix(self.here.module.weight)  # type: ignore[arg-type]
+        W = self.port.site.matrix(values(self.here.module.weight))  # type: ignore[arg-type]
         for port in self.port.before(self.here):
             W = port.method.weight(port.tensors(W.dtype), W)
         return W

@@ -15,7 +15,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltatune.core import gather  # noqa: F401 (says how ports on linears and hidden states go together)
-from deltatune.core.attach import Attachment, Leaves, Link, free_name, hang, hold, links, plan, put, settle, take_off
+from deltatune.core.attach import (
+    Attachment,
+    Leaves,
+    Link,
+    change_settings,
+    free_name,
+    hang,
+    hold,
+    links,
+    plan,
+    put,
+    take_off,
+)
 from deltatune.core.calls import Ports
 from deltatune.core.delta import Delta, Placement, as_delta, place
 from deltatune.core.fit import check_backbone, check_tensors
@@ -184,7 +196,7 @@ class Pool(Link):
             for name in names:
                 placements = self._placements(self._members[name].delta)
                 more, settings = plan(self.model, placements, self._held[name], self._parts)
-                settle(self, settings)
+                change_settings(self, settings)
                 edits += more
                 self._uses.setdefault(name, set()).add(names)
             self._entries[names] = Entry(edits)

@@ -22,6 +22,7 @@ from torch import Generator, Tensor, nn
 from deltatune.core.delta import Delta, Placement, as_delta, parse, place
 from deltatune.core.leaf import Given, Held
 from deltatune.core.method import Method
+from deltatune.core.stored import Values, codes, shape
 from deltatune.errors import DeltaTuneError
 from deltatune.files import write_bytes, write_json
 
@@ -34,7 +35,8 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 class Fingerprint:
     """What identifies a backbone: a hash of its parameter names and shapes, and one of a sample of its values.
 
-    The sample is taken in bfloat16, so that a backbone keeps its fingerprint when it is loaded in another float type.
+    The sample is taken in bfloat16, so that a backbone keeps its fingerprint when it is loaded in another float type; of a
+    quantised parameter it is one of what is stored.
     """
 
     family: str
@@ -63,14 +65,15 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     for name, tensor in model.named_parameters():
         if name.startswith("deltas."):
             continue
-        shapes.update(f"{name}{list(tensor.shape)}".encode())
-        known = known and not tensor.is_meta and tensor.is_floating_point()
+        shapes.update(f"{name}{list(shape(tensor))}".encode())
+        known = known and not (tensor.is_meta or tensor.is_complex())
         if known:
-            flat = tensor.detach().reshape(-1)
+            flat = codes(tensor.detach()).reshape(-1)
             picked = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
             sample = flat[picked.to(flat.device)].to("cpu", torch.bfloat16)
             values.update(sample.view(torch.int16).numpy().tobytes())
-    return Fingerprint(type(model).__name__, shapes.hexdigest()[:16], values.hexdigest()[:16] if known else None)
+    family = next(kind.__name__ for kind in type(model).__mro__ if "forward" in vars(kind))  # FSDP2 adds a subclass
+    return Fingerprint(family, shapes.hexdigest()[:16], values.hexdigest()[:16] if known else None)
 
 
 @dataclass(frozen=True)
@@ -218,8 +221,7 @@ def _starts(
         wanted: dict[str, Held] = {leaf: d.kind for leaf, d in placement.leaves.items() if d.kind in kinds}
         if not wanted:
             continue
-        own = dict(model.get_submodule(placement.site.path).named_parameters(recurse=False))
-        given = Given(placement.site, own, evidence)
+        given = Given(placement.site, Values(model.get_submodule(placement.site.path)), evidence)
         for leaf, kind in wanted.items():
             name = placement.name(leaf)
             if name not in found[kind]:

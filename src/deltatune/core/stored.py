@@ -1,0 +1,148 @@
+"""Stored values: what a parameter of the backbone is worth where it is quantised, or sharded over processes.
+
+A parameter of an ordinary type is its own values. Any other type has a `Storage`, found by the name of the type or of
+one of its bases, so that the libraries they belong to need not be there; `deltatune.backbones` adds the quantised ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.errors import DeltaTuneError
+
+ORDINARY = (Tensor, nn.Parameter)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How one type of tensor holds its values.
+
+    `values` gives them as an ordinary tensor of the shape that the module computes with, `codes` what tells two such
+    tensors apart without computing the values, `shape` that shape, and `store` holds new values as another tensor does,
+    or says with None that it cannot. `lossy` storage rounds what it stores: the parameter is quantised.
+    """
+
+    values: Callable[[Any], Tensor]
+    codes: Callable[[Any], Tensor]
+    store: Callable[[Tensor, Any], Tensor | None]
+    shape: Callable[[Any], tuple[int, ...]] = lambda tensor: tuple(tensor.shape)
+    lossy: bool = True
+
+
+STORAGES: dict[str, Storage] = {}  # by module.name of a type of tensors
+
+
+def storage(tensor: Tensor) -> Storage | None:
+    """Return how a tensor holds its values, or None when it is an ordinary one."""
+    if type(tensor) in ORDINARY:
+        return None
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(tensor).__mro__)
+    return next((STORAGES[name] for name in names if name in STORAGES), None)
+
+
+def values(tensor: Tensor) -> Tensor:
+    """Return what a parameter is worth as an ordinary tensor: itself, gathered from all processes, or dequantised.
+
+    Raises `DeltaTuneError` on the meta device, where there are no values.
+    """
+    if tensor.is_meta:
+        raise DeltaTuneError("the backbone is on the meta device and has no values; load its weights first.")
+    found = storage(tensor)
+    return tensor if found is None else values(found.values(tensor))
+
+
+def shape(tensor: Tensor) -> tuple[int, ...]:
+    """Return the shape that a module computes with, however the parameter is packed."""
+    found = storage(tensor)
+    return tuple(tensor.shape) if found is None else found.shape(tensor)
+
+
+def codes(tensor: Tensor) -> Tensor:
+    """Return an ordinary tensor that tells parameters apart: the values, or the whole numbers that stand for them."""
+    found = storage(tensor)
+    return tensor if found is None else codes(found.codes(tensor))
+
+
+def quantised(tensor: Tensor) -> bool:
+    """Whether a parameter holds rounded values."""
+    found = storage(tensor)
+    return found is not None and found.lossy
+
+
+def stored(new: Tensor, like: Tensor) -> Tensor:
+    """Return new values held as `like` holds its own; raises `DeltaTuneError` where that cannot be done."""
+    found = storage(like)
+    held = new.to(like.device, like.dtype).contiguous() if found is None else found.store(new, like)
+    if held is None:
+        raise DeltaTuneError(f"new values cannot be stored as this {type(like).__name__} stores its own.")
+    return held
+
+
+class Values(Mapping[str, Tensor]):
+    """The values of a module's own parameters by name, computed when they are looked at."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parameters = dict(module.named_parameters(recurse=False))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return values(self.parameters[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+
+def device(module: nn.Module) -> torch.device:
+    """Return where a module computes: the device of its first parameter, or that of the processes it is sharded over."""
+    first: Any = next(module.parameters())
+    return torch.device(first.device_mesh.device_type) if _sharded(first) else first.device
+
+
+def share_gradients(leaves: nn.Module, model: nn.Module) -> None:
+    """Give every process the mean gradient of leaves that join a model after it was sharded; the sharding knows nothing of them."""
+    first: Any = next(filter(_sharded, model.parameters()), None)
+    for leaf in leaves.parameters() if first is not None else ():
+        leaf.register_post_accumulate_grad_hook(lambda leaf: _average(leaf, first.device_mesh))
+
+
+def settle(model: nn.Module) -> None:
+    """Let FSDP2 put away what it has gathered for a forward, where new values would be lost at the next gathering."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _average(leaf: Tensor, mesh: Any) -> None:
+    for dimension in range(mesh.ndim):
+        torch.distributed.all_reduce(leaf.grad, torch.distributed.ReduceOp.SUM, mesh.get_group(dimension))
+    leaf.grad /= mesh.size()
+
+
+def _sharded(tensor: Tensor) -> bool:
+    return storage(tensor) is SHARDED
+
+
+def _distribute(new: Tensor, like: Any) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    local = new.to(like.device, like.dtype).contiguous()
+    return distribute_tensor(local, like.device_mesh, like.placements, src_data_rank=None)
+
+
+SHARDED = Storage(
+    values=lambda tensor: tensor.full_tensor(),
+    codes=lambda tensor: tensor.full_tensor(),
+    store=_distribute,
+    lossy=False,
+)
+STORAGES["torch.distributed.tensor.DTensor"] = SHARDED
