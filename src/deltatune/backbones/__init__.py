@@ -3,7 +3,7 @@
 Importing this package makes transformers models known to `deltatune.core`; it does not import transformers.
 """
 
-from deltatune.backbones import attention, positions, prompts, together
+from deltatune.backbones import attention, positions, prompts, quantised, together
 from deltatune.backbones.anatomies import families
 from deltatune.backbones.load import Backbone, digest, load, load_backbone, names, skeleton
 from deltatune.backbones.resolve import resolve
@@ -18,6 +18,7 @@ __all__ = [
     "names",
     "positions",
     "prompts",
+    "quantised",
     "skeleton",
     "together",
 ]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from deltatune.backbones.quantised import quantise as rounded
 from deltatune.backbones.source import digest, find, names, weight_files
 from deltatune.errors import DeltaTuneError, nearest
 from deltatune.files import read_json
@@ -43,11 +44,12 @@ class Backbone:
     digest: str
 
 
-def load(name: str, dtype: str = "float32") -> Backbone:
+def load(name: str, dtype: str = "float32", quantise: str | None = None) -> Backbone:
     """Load a backbone by built-in name, folder or hub name; `random:<name>` has fresh weights under a fixed seed.
 
-    `dtype` is float32, bfloat16 or float16 (or fp32, bf16, fp16). Only safetensors are read and no code of the folder
-    runs. Raises `DeltaTuneError` for an unknown name or dtype and for files that are missing, truncated or do not fit.
+    `dtype` is float32, bfloat16 or float16 (or fp32, bf16, fp16); `quantise`, int8 or int4, rounds the linear layers with
+    torchao. Only safetensors are read and no code of the folder runs. Raises `DeltaTuneError` for an unknown name, dtype
+    or quantisation and for files that are missing, truncated or do not fit.
     """
     if dtype not in DTYPES:
         raise DeltaTuneError(f"there is no dtype {dtype!r}.{nearest(dtype, DTYPES)} Write one of {', '.join(DTYPES)}.")
@@ -57,6 +59,8 @@ def load(name: str, dtype: str = "float32") -> Backbone:
         kind = _kind(config, source.folder)
         tokenizer = _tokenizer(source.folder)
         model = (_fresh if source.fresh else _trained)(source.folder, config, kind, DTYPES[dtype])
+    if quantise is not None:
+        rounded(model, quantise)
     if model.can_generate() and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return Backbone(name, model.eval(), tokenizer, kind, digest(name))

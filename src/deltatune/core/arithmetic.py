@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.core.convert import TOLERANCE, Changes, changes, lora, measure, refuse
+from deltatune.core.convert import Changes, changes, lora, measure
 from deltatune.core.delta import Delta, Placement, Term, place
 from deltatune.core.method import Bag, Method
+from deltatune.core.report import TOLERANCE, refuse
 from deltatune.core.spec import concrete
 from deltatune.core.task_vectors import Result, check_operands, sum_of, total
 from deltatune.core.weights import Weights, generate

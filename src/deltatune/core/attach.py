@@ -24,6 +24,7 @@ from deltatune.core.method import Method
 from deltatune.core.ports import PORTS, Edit, Setting, Tensors
 from deltatune.core.site import Anatomy, anatomy
 from deltatune.core.stored import device, settle, share_gradients, stored, values
+from deltatune.core.stored import settings as needs
 from deltatune.core.weights import Weights, fingerprint, generate, init
 from deltatune.errors import DeltaTuneError
 
@@ -123,7 +124,7 @@ def named(placements: list[Placement], leaves: nn.Module) -> Iterator[tuple[str,
 def read(spec: Weights, placements: list[Placement], leaves: nn.Module) -> Weights:
     """Return weights with the numbers that `leaves` holds now, as CPU copies, and all else from `spec`."""
     kinds = {p.name(leaf): d.kind for p in placements for leaf, d in p.leaves.items()}
-    now = {name: values(t.detach()).to("cpu", copy=True) for name, t in named(placements, leaves)}
+    now = {name: values(t, leaves).detach().to("cpu", copy=True) for name, t in named(placements, leaves)}
     tensors, fixed = ({n: t for n, t in now.items() if kinds[n] == kind} for kind in ("trained", "stored"))
     return replace(spec, tensors=tensors, fixed=fixed)
 
@@ -201,7 +202,7 @@ def plan(
         inner = replace(placement, method=placement.method.computes)
         terms.setdefault(placement.term, []).append((inner, tensors_of(placement, leaves)))
     edits: list[Edit] = []
-    settings: list[Setting] = []
+    settings = [Setting(*needed) for needed in needs(model)]
     parts = parts or anatomy(model)
     for seats in terms.values():
         method = seats[0][0].method

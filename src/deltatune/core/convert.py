@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -23,40 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core.delta import Delta, Term, place
-from deltatune.core.merge import merge
+from deltatune.core.fit import check_backbone
+from deltatune.core.merge import merge, precisely
 from deltatune.core.method import Method
+from deltatune.core.report import TOLERANCE, Report, refuse
 from deltatune.core.site import Site, anatomy, describe
 from deltatune.core.spec import build
-from deltatune.core.weights import Weights
+from deltatune.core.stored import values
+from deltatune.core.weights import Weights, fingerprint
 from deltatune.core.where import select
 from deltatune.errors import DeltaTuneError
 
 Changes = dict[str, Tensor]  # float64, by the path of the parameter
-TOLERANCE = 1e-3  # far above what rounding to float32 does to a change, far below what a wrong formula does
 CANCELLED = 1e-3  # where terms cancel to less of their size, the error is relative to this share of it
-
-
-@dataclass(frozen=True)
-class Report:
-    """The measured error |Delta - exact| / |exact| of every changed parameter, in Frobenius norms, by its path."""
-
-    errors: Mapping[str, float]
-    tolerance: float = TOLERANCE
-
-    @property
-    def worst(self) -> str:
-        """The path of the parameter with the largest error; empty when nothing changes."""
-        return max(self.errors, key=lambda name: self.errors[name], default="")
-
-    @property
-    def error(self) -> float:
-        """The largest error."""
-        return max(self.errors.values(), default=0.0)
-
-    def __str__(self) -> str:
-        width = max(map(len, self.errors), default=0)
-        lines = [f"{name.ljust(width)}  {error:.2e}" for name, error in self.errors.items()]
-        return "\n".join([*lines, f"largest error {self.error:.2e}, tolerance {self.tolerance:g}"])
 
 
 @torch.no_grad()
@@ -72,7 +50,10 @@ def changes(model: nn.Module, weights: Weights, check: bool = True) -> Changes:
                 f"{term.method} has no change of a weight to compute with: {term.method.breaks['merge']}."
             )
     exact = _in_float64(model, weights.delta)
-    merged = merge(exact, weights, untie=True, check=check)
+    check_backbone(weights.backbone, fingerprint(model), check)
+    merged = merge(
+        exact, weights, untie=True, check=False
+    )  # the values of a quantised backbone are not its fingerprint
     for name, new in merged.items():
         before = _parameter(exact, name)
         merged[name] = new.detach() if before is None else new.detach() - before.detach()
@@ -84,13 +65,15 @@ def _in_float64(model: nn.Module, delta: Delta) -> nn.Module:
     memo: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
     paths = dict.fromkeys(placement.site.path for placement in place(model, delta))
     for path in paths:
-        for name, tensor in model.get_submodule(path).named_parameters(recurse=False):
-            if tensor.is_meta or not tensor.is_floating_point():
-                kind = "on the meta device" if tensor.is_meta else f"stored as {tensor.dtype}"
+        module = model.get_submodule(path)
+        for name, tensor in module.named_parameters(recurse=False):
+            theta = tensor.detach() if tensor.is_meta else values(tensor, module).detach()
+            if theta.is_meta or not theta.is_floating_point():
+                kind = "on the meta device" if theta.is_meta else f"stored as {theta.dtype}"
                 raise DeltaTuneError(
                     f"{path}.{name} is {kind}, so its change cannot be computed; load the backbone in a float type."
                 )
-            memo[id(tensor)] = nn.Parameter(tensor.detach().to("cpu", torch.float64, copy=True), requires_grad=False)
+            memo[id(tensor)] = nn.Parameter(theta.to("cpu", torch.float64, copy=True), requires_grad=False)
     exact = copy.deepcopy(model, memo)
     for path in paths:
         exact.get_submodule(path)._parameters.setdefault("bias", None)  # the copy measures, and is never called
@@ -116,15 +99,6 @@ def measure(
         base = max(float(wanted.norm()), CANCELLED * (sizes or {}).get(name, 0.0))
         errors[name] = off / base if base else (0.0 if off == 0 else float("inf"))
     return Report(errors, tolerance)
-
-
-def refuse(report: Report, cure: str) -> None:
-    """Raise `DeltaTuneError`, with the cure, when the largest error is above the tolerance."""
-    if report.error > report.tolerance or report.error != report.error:
-        raise DeltaTuneError(
-            f"the result is off by {report.error:.2g} of the exact change at {report.worst!r}, more than the tolerance "
-            f"{report.tolerance:g}: {cure}"
-        )
 
 
 def to_full(
@@ -178,7 +152,7 @@ def _as_values(model: nn.Module, exact: Changes) -> tuple[Delta, dict[str, Tenso
         for placement in place(model, delta):
             theta = _parameter(model, _name(placement.site.path, placement.site.tensor or ""))
             assert theta is not None
-            precise = theta.detach().to("cpu", torch.promote_types(theta.dtype, torch.float32))
+            precise = precisely(theta, model.get_submodule(placement.site.path))
             change = _of_one_value(model, placement.site, by_place, exact)
             value = precise if change is None else (precise.double() + change).to(precise.dtype)
             tensors[placement.name("value")] = value.clone()

@@ -13,6 +13,7 @@ from deltatune.core.leaf import Leaf
 from deltatune.core.method import Method
 from deltatune.core.site import Anatomy, Site, anatomy, read_by
 from deltatune.core.spec import evaluate, from_json, literal, read
+from deltatune.core.stored import quantised, shape
 from deltatune.core.where import select
 from deltatune.errors import DeltaTuneError
 
@@ -136,7 +137,19 @@ def _sites(model: nn.Module, term: Term, parts: Anatomy) -> list[Site]:
     if found and not taken:
         names = ", ".join(dict.fromkeys(site.tensor or "" for site in found))
         raise DeltaTuneError(f"{term.method} takes none of the parameters that {term.where!r} found: {names}.")
+    for site in taken:
+        _check_free(model, term, site.path, site.tensor or "")
     return taken
+
+
+def _check_free(model: nn.Module, term: Term, path: str, name: str) -> None:
+    """Raise `DeltaTuneError` for a method that puts a new value in the place of a quantised parameter."""
+    parameter = model.get_submodule(path)._parameters.get(name)
+    if parameter is not None and quantised(parameter):
+        raise DeltaTuneError(
+            f"{term.method} puts a new value in the place of {path}.{name}, which is quantised ({type(parameter).__name__}). "
+            "Put it at parameters that are not, such as norms, or write a method on linear layers, such as LoRA()."
+        )
 
 
 def _check_called(model: nn.Module, term: Term, site: Site) -> None:
@@ -156,6 +169,8 @@ def _check_called(model: nn.Module, term: Term, site: Site) -> None:
             f"{method} cannot act on {site.path!r}, where a method gives a new weight, as no linear layer is called there: "
             f"{method.breaks['merge']}. Put it at a linear layer."
         )
+    if method.acts == "linear" and (over is not None or site.kind in ("embedding", "conv")):
+        _check_free(model, term, site.path, "weight")
 
 
 def _tensors(model: nn.Module, sites: list[Site]) -> list[Site]:
@@ -176,7 +191,7 @@ def _tensors(model: nn.Module, sites: list[Site]) -> list[Site]:
             if f"{path}.".startswith(inside):
                 for name, tensor in module.named_parameters(recurse=False):
                     ties = tuple(place for place in owners[id(tensor)] if place != (path, name))
-                    own = replace(site, path=path, exit=None, tensor=name, shape=tuple(tensor.shape), ties=ties)
+                    own = replace(site, path=path, exit=None, tensor=name, shape=shape(tensor), ties=ties)
                     found.setdefault(id(tensor), own)
     return list(found.values())
 

@@ -1,4 +1,8 @@
-"""Merging: a delta written into the backbone's own tensors. Computed in float32, cast once; the way back is to keep the originals."""
+"""Merging: a delta written into the backbone's own tensors. Computed in float32, cast once; the way back is to keep the originals.
+
+A quantised parameter is dequantised, changed and quantised again, which loses some of a change that is smaller than its
+steps. What is lost anywhere is measured: |written - exact| / |change|.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +19,31 @@ from deltatune.core.delta import Placement, place
 from deltatune.core.fit import check_backbone, check_tensors
 from deltatune.core.method import OnLinear
 from deltatune.core.ports import Tensors
+from deltatune.core.report import TOLERANCE, Report, refuse
 from deltatune.core.site import Site
+from deltatune.core.stored import quantised, stored, values
 from deltatune.core.weights import Weights, fingerprint, generate
 from deltatune.errors import DeltaTuneError
 
 Change = dict[tuple[str, str], Tensor]
 
 
-def merge(model: nn.Module, what: Weights | Attachment, untie: bool = False, check: bool = True) -> dict[str, Tensor]:
+def merge(
+    model: nn.Module, what: Weights | Attachment, untie: bool = False, check: bool = True, tolerance: float = TOLERANCE
+) -> dict[str, Tensor]:
     """Return `{parameter path: new tensor}` for every parameter that the delta changes; the model is not touched.
 
     `untie=True` allows a new tensor for one of several places that share a parameter, and `check=False` a backbone of
-    the same structure with other values. Raises `DeltaTuneError` for weights of another backbone, for a method that no
-    weight can express, and when a value overflows the backbone's dtype.
+    the same structure with other values. `tolerance` is the share of its change that a quantised parameter may lose.
+    Raises `DeltaTuneError` for weights of another backbone, for a method that no weight can express, when a value
+    overflows the backbone's dtype, and above the tolerance.
     """
+    return _merged(model, what, untie, check, tolerance)[0]
+
+
+def _merged(
+    model: nn.Module, what: Weights | Attachment, untie: bool, check: bool, tolerance: float
+) -> tuple[dict[str, Tensor], Report]:
     weights = what.weights if isinstance(what, Attachment) else what
     check_backbone(weights.backbone, fingerprint(model), check)
     placements = place(model, weights.delta)
@@ -43,7 +58,19 @@ def merge(model: nn.Module, what: Weights | Attachment, untie: bool = False, che
     for placement in placements:
         _apply(model, placement, tensors_of(placement, holder), changed)
     _check_ties(model, changed, untie)
-    return {".".join(filter(None, place)): _cast(model, place, tensor) for place, tensor in changed.items()}
+    written = {
+        ".".join(filter(None, place)): _written(model, place, tensor)
+        for place, tensor in changed.items()
+        if not _stays(model, place, tensor)
+    }
+    report = Report({path: lost for path, (_, lost, _) in written.items()}, tolerance)
+    rounded = Report({path: lost for path, (_, lost, lossy) in written.items() if lossy}, tolerance)
+    refuse(
+        rounded,
+        "the backbone is quantised, and rounds what is written into it. Keep the delta attached, merge it into the "
+        "backbone before quantising (check=False), or allow more.",
+    )
+    return {path: tensor for path, (tensor, _, _) in written.items()}, report
 
 
 def _holder(model: nn.Module, weights: Weights, placements: list[Placement]) -> nn.Module:
@@ -95,23 +122,44 @@ def _apply_bias(model: nn.Module, site: Site, method: OnLinear, tensors: Tensors
 def _stored(model: nn.Module, changed: Change, path: str, name: str) -> Tensor:
     if (path, name) in changed:
         return changed[path, name]
-    parameter: Any = model.get_submodule(path)._parameters[name]
-    return parameter.detach().to("cpu", _precise(parameter))
+    module = model.get_submodule(path)
+    parameter: Any = module._parameters[name]
+    return precisely(parameter, module)
 
 
-def _precise(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32)
+def precisely(parameter: Tensor, module: nn.Module) -> Tensor:
+    """Return the values of a module's parameter on the CPU, in float32 or finer."""
+    theta = values(parameter, module).detach()
+    return theta.to("cpu", torch.promote_types(theta.dtype, torch.float32))
 
 
-def _cast(model: nn.Module, place: tuple[str, str], tensor: Tensor) -> Tensor:
+def _stays(model: nn.Module, place: tuple[str, str], exact: Tensor) -> bool:
+    """Whether a quantised parameter keeps its value: rounding it once more could still move it."""
     module = model.get_submodule(place[0])
     own = module._parameters.get(place[1])
-    like = own if own is not None else module._parameters["weight"]
-    new = tensor.to(like.device, like.dtype).contiguous()  # type: ignore[union-attr]
-    if not torch.isfinite(new).all():
-        cause = "holds NaN or infinity" if not torch.isfinite(tensor).all() else f"overflows {new.dtype}"
+    return own is not None and quantised(own) and torch.equal(exact, precisely(own, module))
+
+
+def _written(model: nn.Module, place: tuple[str, str], exact: Tensor) -> tuple[Tensor, float, bool]:
+    """Return the new tensor of a parameter, which share of its change the rounding loses, and whether it is quantised."""
+    module = model.get_submodule(place[0])
+    own = module._parameters.get(place[1])
+    if own is None:
+        new, before, lossy = _beside(module._parameters["weight"], module, exact), torch.zeros(()), False
+    else:
+        new, before, lossy = stored(exact, own), precisely(own, module), quantised(own)
+    held = values(new, module)
+    if not torch.isfinite(held).all():
+        cause = "holds NaN or infinity" if not torch.isfinite(exact).all() else f"overflows {held.dtype}"
         raise DeltaTuneError(f"the merged {'.'.join(place)} {cause}; nothing was changed.")
-    return new
+    change = float((exact - before).norm())
+    return new, float((held.to(exact) - exact).norm()) / change if change else 0.0, lossy
+
+
+def _beside(weight: Any, module: nn.Module, exact: Tensor) -> Tensor:
+    """Return a new bias in the float type and at the place of the weight beside it."""
+    like = values(weight, module)
+    return exact.to(like.device, like.dtype).contiguous()
 
 
 def _check_ties(model: nn.Module, changed: Change, untie: bool) -> None:
@@ -136,9 +184,10 @@ def _check_ties(model: nn.Module, changed: Change, untie: bool) -> None:
 
 @dataclass
 class Merged:
-    """A backbone with a delta written into it, and the originals for an exact undo (also by leaving its `with` block)."""
+    """A backbone with a delta written into it, the originals for an exact undo (also by leaving its `with` block), and what was lost."""
 
     model: nn.Module
+    report: Report
     originals: list[tuple[nn.Module, str, nn.Parameter | None]] = field(default_factory=list)
 
     def undo(self) -> None:
@@ -156,12 +205,14 @@ class Merged:
         self.undo()
 
 
-def merge_(model: nn.Module, what: Weights | Attachment, untie: bool = False, check: bool = True) -> Merged:
-    """Detach the delta if it is attached and write it into the backbone; the result undoes the writing exactly."""
-    state = merge(model, what, untie, check)
+def merge_(
+    model: nn.Module, what: Weights | Attachment, untie: bool = False, check: bool = True, tolerance: float = TOLERANCE
+) -> Merged:
+    """Detach the delta if it is attached and write it into the backbone, as `merge` does; the result undoes the writing exactly."""
+    state, report = _merged(model, what, untie, check, tolerance)
     if isinstance(what, Attachment) and what.attached:
         what.detach()
-    merged = Merged(model)
+    merged = Merged(model, report)
     renewed: dict[int, list[nn.Parameter]] = {}
     for path, tensor in state.items():
         owner, _, name = path.rpartition(".")

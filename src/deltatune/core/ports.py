@@ -81,7 +81,7 @@ class BaseView:
 
     @property
     def weight(self) -> Tensor:
-        W = self.port.site.matrix(values(self.here.module.weight))  # type: ignore[arg-type]
+        W = self.port.site.matrix(values(self.here.module.weight, self.here.module))  # type: ignore[arg-type]
         for port in self.port.before(self.here):
             W = port.method.weight(port.tensors(W.dtype), W)
         return W

@@ -22,16 +22,18 @@ ORDINARY = (Tensor, nn.Parameter)
 class Storage:
     """How one type of tensor holds its values.
 
-    `values` gives them as an ordinary tensor of the shape that the module computes with, `codes` what tells two such
-    tensors apart without computing the values, `shape` that shape, and `store` holds new values as another tensor does,
-    or says with None that it cannot. `lossy` storage rounds what it stores: the parameter is quantised.
+    `values` gives them, with the help of the module they belong to, as an ordinary tensor of the shape that the module
+    computes with; `shape` is that shape, and `codes` an ordinary tensor that tells two parameters apart at less cost.
+    `store` holds new values as another tensor does, or says with None that it cannot. `lossy` storage rounds what it
+    stores: the parameter is quantised. `settings` are attributes that its module needs, for gradients to pass it.
     """
 
-    values: Callable[[Any], Tensor]
+    values: Callable[[Any, Any], Tensor]
     codes: Callable[[Any], Tensor]
     store: Callable[[Tensor, Any], Tensor | None]
     shape: Callable[[Any], tuple[int, ...]] = lambda tensor: tuple(tensor.shape)
     lossy: bool = True
+    settings: tuple[tuple[str, Any], ...] = ()
 
 
 STORAGES: dict[str, Storage] = {}  # by module.name of a type of tensors
@@ -45,15 +47,15 @@ def storage(tensor: Tensor) -> Storage | None:
     return next((STORAGES[name] for name in names if name in STORAGES), None)
 
 
-def values(tensor: Tensor) -> Tensor:
-    """Return what a parameter is worth as an ordinary tensor: itself, gathered from all processes, or dequantised.
+def values(tensor: Tensor, module: nn.Module) -> Tensor:
+    """Return what a module's parameter is worth as an ordinary tensor: itself, gathered from all processes, or dequantised.
 
     Raises `DeltaTuneError` on the meta device, where there are no values.
     """
     if tensor.is_meta:
         raise DeltaTuneError("the backbone is on the meta device and has no values; load its weights first.")
     found = storage(tensor)
-    return tensor if found is None else values(found.values(tensor))
+    return tensor if found is None else values(found.values(tensor, module), module)
 
 
 def shape(tensor: Tensor) -> tuple[int, ...]:
@@ -79,18 +81,27 @@ def stored(new: Tensor, like: Tensor) -> Tensor:
     found = storage(like)
     held = new.to(like.device, like.dtype).contiguous() if found is None else found.store(new, like)
     if held is None:
-        raise DeltaTuneError(f"new values cannot be stored as this {type(like).__name__} stores its own.")
+        raise DeltaTuneError(
+            f"new values cannot be written into a parameter that is quantised as {type(like).__name__}. Keep the delta "
+            "attached, or merge it into the backbone before quantising (check=False)."
+        )
     return held
+
+
+def settings(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Return what modules need for their kind of storage while a delta is attached: (module, attribute, value)."""
+    found = ((m, storage(p)) for m in model.modules() for p in m._parameters.values() if p is not None)
+    return [(module, *setting) for module, kind in found if kind is not None for setting in kind.settings]
 
 
 class Values(Mapping[str, Tensor]):
     """The values of a module's own parameters by name, computed when they are looked at."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.parameters = dict(module.named_parameters(recurse=False))
+        self.module, self.parameters = module, dict(module.named_parameters(recurse=False))
 
     def __getitem__(self, name: str) -> Tensor:
-        return values(self.parameters[name])
+        return values(self.parameters[name], self.module)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parameters)
@@ -140,7 +151,7 @@ def _distribute(new: Tensor, like: Any) -> Tensor:
 
 
 SHARDED = Storage(
-    values=lambda tensor: tensor.full_tensor(),
+    values=lambda tensor, module: tensor.full_tensor(),
     codes=lambda tensor: tensor.full_tensor(),
     store=_distribute,
     lossy=False,

@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor, nn
 
-from deltatune.core.convert import TOLERANCE, Changes, Report, changes, written
+from deltatune.core.convert import Changes, changes, written
+from deltatune.core.report import TOLERANCE, Report
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
 

@@ -68,7 +68,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         shapes.update(f"{name}{list(shape(tensor))}".encode())
         known = known and not (tensor.is_meta or tensor.is_complex())
         if known:
-            flat = codes(tensor.detach()).reshape(-1)
+            flat = codes(tensor).detach().reshape(-1)
             picked = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
             sample = flat[picked.to(flat.device)].to("cpu", torch.bfloat16)
             values.update(sample.view(torch.int16).numpy().tobytes())
