@@ -5,7 +5,8 @@
 `attach.json` holds `benchmark`, `quick`, `rounds`, `machine`, `shape`, and two lists:
 
 - `verbs`: `what`, `unit`, `deltatune`, `peft` (medians), `ratio` (deltatune / peft inside each round: median, low, high).
-  The verbs are attaching and taking off, loading from disk, and sixteen attachments one after the other.
+  The verbs are attaching and taking off, also on the meta device at the width of an 8B model (d=4096, ffn=14336), loading
+  from disk, and sixteen attachments one after the other.
 - `calls`: one adapted module of the first block called with one token, without gradient: `what`, `microseconds` (median),
   `extra` (microseconds over the `floor`, inside each round), `floor`, `ratio` (over the floor).
   The floor of a LoRA is the same maths written out by hand: `y = linear(x); y + s * linear(linear(x, A), B)`, so `extra`
@@ -172,6 +173,10 @@ def verbs(shape: Shape, folder: Path) -> list[dict[str, Any]]:
         ours, theirs = shape.model(layers), shape.model(layers)
         took = take_turns({"deltatune": attach_and_detach(ours), "peft": wrap_and_unload(theirs)}, shape.rounds)
         rows += [verb(f"{what}, {7 * layers} linears", took, what) for what in ("attach", "detach")]
+    with torch.device("meta"):
+        ours, theirs = (llama(shape.layers, 4096, 14336, 32, vocabulary=128256) for _ in range(2))
+    took = take_turns({"deltatune": attach_and_detach(ours), "peft": wrap_and_unload(theirs)}, shape.rounds)
+    rows.append(verb(f"attach, {7 * shape.layers} linears of an 8B shape on the meta device", took, "attach"))
     ours, theirs = shape.model(shape.layers), shape.model(shape.layers)
     took = take_turns(
         {"deltatune": load_ours(ours, folder / "ours"), "peft": load_peft(theirs, folder / "peft")}, shape.rounds

@@ -43,7 +43,7 @@ def test_attach(run: Run) -> None:
     result, text = run("attach")
     assert set(result) == COMMON | {"verbs", "calls"}
     assert set(result["machine"]) >= MACHINE
-    assert len(result["verbs"]) == 7
+    assert len(result["verbs"]) == 8
     for row in result["verbs"]:
         assert set(row) == {"what", "unit", "deltatune", "peft", "ratio"}
         assert row["deltatune"] > 0 and row["peft"] > 0 and sound(row["ratio"])
