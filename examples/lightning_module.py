@@ -18,11 +18,10 @@ attachment = dt.attach(backbone.model, DELTA, name="topic")
 class Tuning(lightning.LightningModule):
     """The delta is what trains and what a checkpoint keeps; the rest is loaded by name."""
 
-    strict_loading = False
-
     def __init__(self):
         super().__init__()
         self.model = backbone.model
+        self.strict_loading = False
 
     def training_step(self, batch):
         return self.model(**batch).loss

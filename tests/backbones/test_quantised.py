@@ -50,7 +50,7 @@ def rounded(kind: str) -> Any:
 
 
 def _in_bits(linear: nn.Linear, kind: str) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     sizes = linear.in_features, linear.out_features, False
     layer = Linear8bitLt(*sizes, has_fp16_weights=False) if kind == "8bit" else Linear4bit(*sizes, quant_type="nf4")

@@ -7,7 +7,19 @@ import torch
 
 import deltatune as dt
 from tests import tiny
-from tests.laws.cases import BACKBONES, CAUSAL, GENERATING, busy, cases, delta_of, fresh, output
+from tests.laws.cases import (
+    BACKBONES,
+    CAUSAL,
+    EVERYWHERE,
+    GENERATING,
+    METHODS,
+    busy,
+    cases,
+    delta_of,
+    fits,
+    fresh,
+    output,
+)
 
 
 @torch.no_grad()
@@ -28,6 +40,34 @@ def test_fullgraph_compile_sees_late_attach_and_swaps_without_recompiling(method
             after = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         assert after == before
     _same(compiled(**given), bare)
+
+
+@pytest.mark.parametrize("label", EVERYWHERE)
+def test_a_compiled_training_step_is_the_eager_one_and_compiles_no_more(label):
+    torch._dynamo.reset()
+    method = METHODS[label]
+    name = "plain" if fits(method, "plain") else "llama"
+    trained = []
+    for compiled in (False, True):
+        model = BACKBONES[name]()
+        attachment = dt.attach(model, busy(fresh(delta_of(method, name), model)))
+        optimizer = torch.optim.SGD(attachment.parameters(), lr=0.1)
+        given = tiny.batch(model)
+
+        def loss(model=model, given=given):
+            y = model(**given)
+            return (y if isinstance(y, torch.Tensor) else y.logits).square().mean()
+
+        step = torch.compile(loss, fullgraph=True, backend="eager") if compiled else loss
+        graphs = []
+        for _ in range(3):
+            step().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert not compiled or graphs[1] == graphs[-1] > 0  # a prompt's second call finds the keys of its first one
+        trained.append(attachment.weights.tensors)
+    torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-6)
 
 
 def _same(one, two):

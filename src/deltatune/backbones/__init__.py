@@ -3,7 +3,7 @@
 Importing this package makes transformers models known to `deltatune.core`; it does not import transformers.
 """
 
-from deltatune.backbones import attention, positions, prompts, quantised, together
+from deltatune.backbones import attention, offload, positions, prompts, quantised, together
 from deltatune.backbones.anatomies import families
 from deltatune.backbones.load import Backbone, digest, load, load_backbone, names, skeleton
 from deltatune.backbones.resolve import resolve
@@ -16,6 +16,7 @@ __all__ = [
     "load",
     "load_backbone",
     "names",
+    "offload",
     "positions",
     "prompts",
     "quantised",

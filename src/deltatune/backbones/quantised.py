@@ -43,7 +43,8 @@ def _config(how: str, d_in: int) -> Any:
 
     if how == "int8":
         return Int8WeightOnlyConfig(set_inductor_config=False)
-    return IntxWeightOnlyConfig(torch.int4, PerAxis(0) if d_in % GROUP else PerGroup(GROUP))
+    four: Any = torch.int4  # type: ignore[attr-defined]
+    return IntxWeightOnlyConfig(four, PerAxis(0) if d_in % GROUP else PerGroup(GROUP))
 
 
 def _rounded(new: Tensor, like: Any) -> Tensor | None:

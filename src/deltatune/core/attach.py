@@ -278,7 +278,7 @@ def _remove(link: Link) -> None:
             setattr(setting.owner, setting.attribute, before)
         del model._modules["deltas"]
         for path, parameter in model.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(deltas.frozen[path])
+            parameter.requires_grad_(deltas.frozen.get(path, parameter.requires_grad))
 
 
 def attachments(model: nn.Module) -> dict[str, Attachment]:

@@ -13,7 +13,7 @@ from deltatune.core.leaf import Leaf
 from deltatune.core.method import Method
 from deltatune.core.site import Anatomy, Site, anatomy, read_by
 from deltatune.core.spec import evaluate, from_json, literal, read
-from deltatune.core.stored import quantised, shape
+from deltatune.core.stored import device, quantised, shape
 from deltatune.core.where import select
 from deltatune.errors import DeltaTuneError
 
@@ -143,8 +143,14 @@ def _sites(model: nn.Module, term: Term, parts: Anatomy) -> list[Site]:
 
 
 def _check_free(model: nn.Module, term: Term, path: str, name: str) -> None:
-    """Raise `DeltaTuneError` for a method that puts a new value in the place of a quantised parameter."""
-    parameter = model.get_submodule(path)._parameters.get(name)
+    """Raise `DeltaTuneError` for a method that puts a new value in the place of a quantised or offloaded parameter."""
+    module = model.get_submodule(path)
+    parameter = module._parameters.get(name)
+    if parameter is not None and parameter.is_meta and device(module).type != "meta":
+        raise DeltaTuneError(
+            f"{term.method} puts a new value in the place of {path}.{name}, which is offloaded and comes back for each call. "
+            "Keep that module on its device, or write a method on linear layers, such as LoRA()."
+        )
     if parameter is not None and quantised(parameter):
         raise DeltaTuneError(
             f"{term.method} puts a new value in the place of {path}.{name}, which is quantised ({type(parameter).__name__}). "

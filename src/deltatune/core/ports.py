@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deltatune.core.method import Bag, Method, OnLinear
 from deltatune.core.site import Part, Site
 from deltatune.core.stored import values
+from deltatune.errors import DeltaTuneError
 
 if TYPE_CHECKING:
     from deltatune.core.calls import Ports
@@ -29,10 +30,16 @@ class Tensors:
 
     def __init__(self, method: Method, holder: nn.Module, keys: dict[str, str]) -> None:
         self.method, self.holder, self.keys = method, holder, keys
+        self.on_meta = any(t.is_meta for t in self.live().values())
 
     def __call__(self, dtype: torch.dtype) -> Any:
         """Return the leaves as attributes, cast once to the compute dtype; indices stay whole numbers."""
         held = self.live().items()
+        if not self.on_meta and any(t.is_meta for _, t in held):
+            raise DeltaTuneError(
+                f"the leaves of {self.method} were taken to the meta device after they were attached, as offloading does; "
+                "offload the backbone first, then attach."
+            )
         return self.method.unfold(Bag({leaf: t.to(dtype) if t.is_floating_point() else t for leaf, t in held}))
 
     def live(self) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ class Storage:
 
 
 STORAGES: dict[str, Storage] = {}  # by module.name of a type of tensors
+OFFLOADERS: list[Callable[[nn.Module], torch.device | None]] = []  # tell where a module computes that is empty else
 
 
 def storage(tensor: Tensor) -> Storage | None:
@@ -53,7 +54,10 @@ def values(tensor: Tensor, module: nn.Module) -> Tensor:
     Raises `DeltaTuneError` on the meta device, where there are no values.
     """
     if tensor.is_meta:
-        raise DeltaTuneError("the backbone is on the meta device and has no values; load its weights first.")
+        raise DeltaTuneError(
+            f"a {type(module).__name__} is on the meta device and has no values; load the backbone's weights, and do not offload "
+            "what a method looks at."
+        )
     found = storage(tensor)
     return tensor if found is None else values(found.values(tensor, module), module)
 
@@ -111,16 +115,19 @@ class Values(Mapping[str, Tensor]):
 
 
 def device(module: nn.Module) -> torch.device:
-    """Return where a module computes: the device of its first parameter, or that of the processes it is sharded over."""
+    """Return where a module computes: where its first parameter is, or comes to for a call, or where its shards are."""
     first: Any = next(module.parameters())
+    if first.is_meta:
+        found = (offloader(inner) for inner in module.modules() for offloader in OFFLOADERS)
+        return next((there for there in found if there is not None), first.device)
     return torch.device(first.device_mesh.device_type) if _sharded(first) else first.device
 
 
 def share_gradients(leaves: nn.Module, model: nn.Module) -> None:
     """Give every process the mean gradient of leaves that join a model after it was sharded; the sharding knows nothing of them."""
-    first: Any = next(filter(_sharded, model.parameters()), None)
-    for leaf in leaves.parameters() if first is not None else ():
-        leaf.register_post_accumulate_grad_hook(lambda leaf: _average(leaf, first.device_mesh))
+    sharded: list[Any] = [p for p in model.parameters() if _sharded(p)]
+    for leaf in leaves.parameters() if sharded else ():
+        leaf.register_post_accumulate_grad_hook(lambda leaf: _average(leaf, sharded[0].device_mesh))
 
 
 def settle(model: nn.Module) -> None:
