@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed import destroy_process_group, init_process_group
@@ -90,6 +91,17 @@ def check_setting(model: Any, attachment: dt.Attachment) -> None:
     assert all(torch.equal(t, trained.tensors[n]) for n, t in attachment.weights.tensors.items())
 
 
+def check_merging(model: nn.Module, weights: dt.Weights) -> None:
+    """Merging gives the tensors that it gives one process; sharding keeps the parameters, so nothing is written into it."""
+    whole = dt.merge(tiny.llama().double(), weights)
+    parts = dt.merge(model, weights)
+    assert whole.keys() == parts.keys()
+    for path, part in parts.items():
+        torch.testing.assert_close(values(part, model), whole[path], rtol=0, atol=0)
+    with pytest.raises(dt.DeltaTuneError, match=r"is sharded.*Merge before sharding, or write what merge"):
+        dt.merge_(model, weights)
+
+
 def check_restored(model: nn.Module, before: nn.Module) -> None:
     """The backbone has its parameters, values, freedom to train and classes back; sharding adds a class of its own."""
     theirs = dict(before.named_parameters())
@@ -112,8 +124,11 @@ def main(rank: int, folder: Path) -> None:
             train(trained, attachment.parameters(), rows)
             dt.save(attachment, folder / str(rank) / mode / name)
             check_setting(trained, attachment)
+            weights = attachment.weights
             attachment.detach()
             check_restored(model, tiny.llama().double())
+            if name == "LoRA" and isinstance(trained, FSDPModule):
+                check_merging(model, weights)
     destroy_process_group()
 
 

@@ -21,7 +21,7 @@ from deltatune.core.method import OnLinear
 from deltatune.core.ports import Tensors
 from deltatune.core.report import TOLERANCE, Report, refuse
 from deltatune.core.site import Site
-from deltatune.core.stored import quantised, stored, values
+from deltatune.core.stored import quantised, sharded, stored, values
 from deltatune.core.weights import Weights, fingerprint, generate
 from deltatune.errors import DeltaTuneError
 
@@ -205,11 +205,22 @@ class Merged:
         self.undo()
 
 
+def _check_whole(state: dict[str, Tensor]) -> None:
+    """Raise `DeltaTuneError` where sharding would go on with the old parameter, which it keeps to itself."""
+    for path, new in state.items():
+        if sharded(new):
+            raise DeltaTuneError(
+                f"{path} is sharded, and the sharding would keep its old values. Merge before sharding, or write what "
+                "merge(model, weights) returns into a checkpoint."
+            )
+
+
 def merge_(
     model: nn.Module, what: Weights | Attachment, untie: bool = False, check: bool = True, tolerance: float = TOLERANCE
 ) -> Merged:
     """Detach the delta if it is attached and write it into the backbone, as `merge` does; the result undoes the writing exactly."""
     state, report = _merged(model, what, untie, check, tolerance)
+    _check_whole(state)
     if isinstance(what, Attachment) and what.attached:
         what.detach()
     merged = Merged(model, report)

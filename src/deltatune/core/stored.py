@@ -80,6 +80,11 @@ def quantised(tensor: Tensor) -> bool:
     return found is not None and found.lossy
 
 
+def sharded(tensor: Tensor) -> bool:
+    """Whether a parameter is split over processes."""
+    return storage(tensor) is SHARDED
+
+
 def stored(new: Tensor, like: Tensor) -> Tensor:
     """Return new values held as `like` holds its own; raises `DeltaTuneError` where that cannot be done."""
     found = storage(like)
@@ -120,14 +125,14 @@ def device(module: nn.Module) -> torch.device:
     if first.is_meta:
         found = (offloader(inner) for inner in module.modules() for offloader in OFFLOADERS)
         return next((there for there in found if there is not None), first.device)
-    return torch.device(first.device_mesh.device_type) if _sharded(first) else first.device
+    return torch.device(first.device_mesh.device_type) if sharded(first) else first.device
 
 
 def share_gradients(leaves: nn.Module, model: nn.Module) -> None:
     """Give every process the mean gradient of leaves that join a model after it was sharded; the sharding knows nothing of them."""
-    sharded: list[Any] = [p for p in model.parameters() if _sharded(p)]
-    for leaf in leaves.parameters() if sharded else ():
-        leaf.register_post_accumulate_grad_hook(lambda leaf: _average(leaf, sharded[0].device_mesh))
+    found: list[Any] = [p for p in model.parameters() if sharded(p)]
+    for leaf in leaves.parameters() if found else ():
+        leaf.register_post_accumulate_grad_hook(lambda leaf: _average(leaf, found[0].device_mesh))
 
 
 def settle(model: nn.Module) -> None:
@@ -144,10 +149,6 @@ def _average(leaf: Tensor, mesh: Any) -> None:
     for dimension in range(mesh.ndim):
         torch.distributed.all_reduce(leaf.grad, torch.distributed.ReduceOp.SUM, mesh.get_group(dimension))
     leaf.grad /= mesh.size()
-
-
-def _sharded(tensor: Tensor) -> bool:
-    return storage(tensor) is SHARDED
 
 
 def _distribute(new: Tensor, like: Any) -> Tensor:
