@@ -83,7 +83,7 @@ def assert_round_trip(folder: Path, build: Build, config: Any, exact: bool = Tru
     theirs = saved(folder / "theirs", build, config, size)
     weights = read_peft(build(), folder / "theirs")
     assert_same(build, weights, theirs)
-    write_peft(weights, build(), folder / "ours")
+    write_peft(build(), weights, folder / "ours")
     assert_equal(read_peft(build(), folder / "ours"), weights, exact)
     torch.testing.assert_close(logits(loaded(folder / "ours", build), build()), logits(theirs, build()), **TOLERANCE)
     return weights

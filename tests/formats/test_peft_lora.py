@@ -141,7 +141,7 @@ def test_lora_on_a_convolution_keeps_its_kernel_in_the_file(tmp_path):
     model, weights = image(), read_peft(image(), tmp_path)
     with dt.attach(model, weights):
         torch.testing.assert_close(model(x), theirs(x), **TOLERANCE)
-    write_peft(weights, image(), tmp_path / "ours")
+    write_peft(image(), weights, tmp_path / "ours")
     torch.testing.assert_close(loaded(tmp_path / "ours", image)(x), theirs(x), **TOLERANCE)
 
 
@@ -165,7 +165,7 @@ def test_what_is_trained_here_is_the_same_in_peft(case, tmp_path):
     name, text = WRITTEN[case]
     build = BUILDS[name]
     weights = busy(dt.init(dt.parse(text), build()), size=0.2)
-    write_peft(weights, build(), tmp_path, base="somewhere/model")
+    write_peft(build(), weights, tmp_path, base="somewhere/model")
     assert_same(build, weights, loaded(tmp_path, build))
     assert_same(build, read_peft(build(), tmp_path), loaded(tmp_path, build))
     fields = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -177,11 +177,11 @@ def test_what_peft_cannot_express_is_refused_before_anything_is_written(case, tm
     name, text, words = WRITTEN[case]
     model = tiny.FAMILIES[name]()
     with pytest.raises(dt.DeltaTuneError, match=words):
-        write_peft(dt.init(dt.parse(text), model), model, tmp_path / "out")
+        write_peft(model, dt.init(dt.parse(text), model), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_weights_of_another_model_are_not_written(tmp_path):
     weights = dt.init(dt.LoRA(rank=2), tiny.llama(seed=1))
     with pytest.raises(dt.DeltaTuneError, match="another|other values"):
-        write_peft(weights, tiny.llama(), tmp_path / "out")
+        write_peft(tiny.llama(), weights, tmp_path / "out")

@@ -114,7 +114,7 @@ def test_ranks_that_adalora_cut_keep_their_scale(tmp_path):
     assert {term.method.width for term in weights.delta.terms} == {3, 4, 5}
     assert_same(tiny.llama, weights, theirs)
     with pytest.raises(dt.DeltaTuneError, match="ADALORA has one setting for all modules"):
-        write_peft(weights, tiny.llama(), tmp_path / "c")
+        write_peft(tiny.llama(), weights, tmp_path / "c")
 
 
 def test_bone_is_read_as_miss(tmp_path):
@@ -142,7 +142,7 @@ WRITTEN = {
 @pytest.mark.parametrize("case", WRITTEN)
 def test_what_is_trained_here_is_the_same_in_peft(case, tmp_path):
     weights = busy(dt.init(dt.parse(WRITTEN[case]), tiny.llama()), size=0.2)
-    write_peft(weights, tiny.llama(), tmp_path)
+    write_peft(tiny.llama(), weights, tmp_path)
     theirs = loaded(tmp_path, tiny.llama)
     assert_same(tiny.llama, weights, theirs)
     assert_same(tiny.llama, read_peft(tiny.llama(), tmp_path), theirs)
@@ -164,7 +164,7 @@ def test_modules_whose_names_end_alike_are_told_apart(tmp_path):
 
     for where, found in (("path:q", "q"), ("path:inner.q", ["inner.q"]), ("path:{q,inner.q}", ["q"])):
         weights, x = busy(dt.init(dt.LoRA(rank=2).at(where), build()), size=0.3), torch.randn(3, 8)
-        write_peft(weights, build(), tmp_path)
+        write_peft(build(), weights, tmp_path)
         assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == found
         model = build()
         with dt.attach(model, weights):
@@ -214,6 +214,6 @@ def test_where_positions_differ_prompts_are_refused(name, kind, words, tmp_path)
         read_peft(build(), tmp_path / "theirs")
     method = dt.PromptTuning(length=3) if kind == "PromptTuningConfig" else dt.PrefixTuning(length=3)
     with pytest.raises(dt.DeltaTuneError, match=words):
-        write_peft(dt.init(method, build()), build(), tmp_path / "ours")
+        write_peft(build(), dt.init(method, build()), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
     assert logits(build()).isfinite().all()

@@ -35,7 +35,7 @@ from deltatune.core.method import Method
 from deltatune.core.ports import Call, Edit
 from deltatune.core.rows import Rows
 from deltatune.core.site import ROWLESS, anatomy
-from deltatune.core.store import read_weights
+from deltatune.core.store import read
 from deltatune.core.together import Fusion, fuse
 from deltatune.core.weights import Weights, fingerprint, init
 from deltatune.errors import DeltaTuneError, nearest
@@ -250,7 +250,7 @@ class Pool(Link):
         if isinstance(what, Weights):
             return what
         if isinstance(what, (str, Path)):
-            return read_weights(self.model, Path(what), self.check)
+            return read(self.model, Path(what), self.check)
         return init(as_delta(what), self.model, seed)
 
     def _find(self, name: str) -> str:

@@ -1,8 +1,9 @@
-"""Saving and loading weights on a live backbone."""
+"""Saving and loading weights on a live backbone, and the formats of files that they may be in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -10,8 +11,30 @@ from torch import nn
 from deltatune.core.attach import Attachment, attach
 from deltatune.core.weights import Weights
 
-# readers of other libraries' folders by the file that marks one; `deltatune.formats` adds them
-READERS: dict[str, Callable[[nn.Module, Path, bool], Weights]] = {}
+
+@dataclass(frozen=True)
+class Format:
+    """A form in which weights stand in files: one line about it, how a folder or file of it is known, and both ways."""
+
+    about: str
+    knows: Callable[[Path], bool]
+    read: Callable[[nn.Module, Path, bool], Weights]
+    write: Callable[[nn.Module, Weights, Path], None] | None = None
+
+
+def _write_own(model: nn.Module, weights: Weights, folder: Path) -> None:
+    weights.write(folder)
+
+
+# by name, in the order in which a path is tried; `deltatune.formats` adds those of other libraries
+FORMATS: dict[str, Format] = {
+    "deltatune": Format(
+        "delta.safetensors, whose header holds the delta, and a readable delta.json",
+        lambda path: (path / "delta.safetensors").exists(),
+        lambda model, path, check: Weights.read(path),
+        _write_own,
+    )
+}
 
 
 def save(what: Attachment | Weights, folder: Path | str) -> None:
@@ -24,12 +47,11 @@ def load(model: nn.Module, path: Path | str, name: str | None = None, check: boo
 
     Raises `DeltaTuneError` when they were made for another backbone.
     """
-    return attach(model, read_weights(model, Path(path), check), name, check=check)
+    return attach(model, read(model, path, check), name, check=check)
 
 
-def read_weights(model: nn.Module, path: Path, check: bool) -> Weights:
-    """Read weights for `model` from a folder or file, of deltatune or of a library in `formats`."""
-    for mark, reader in READERS.items():
-        if (path / mark).is_file() and not (path / "delta.safetensors").exists():
-            return reader(model, path, check)
-    return Weights.read(path)
+def read(model: nn.Module, path: Path | str, check: bool = True) -> Weights:
+    """Read weights for `model` from a folder or file of any known format; raises `DeltaTuneError` when it is of none."""
+    path = Path(path)
+    form = next((form for form in FORMATS.values() if form.knows(path)), FORMATS["deltatune"])
+    return form.read(model, path, check)

@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
-from deltatune.core.store import READERS
-from deltatune.formats.peft.folder import CONFIG
-from deltatune.formats.peft.read import read_peft
+from pathlib import Path
 
-READERS.setdefault(CONFIG, read_peft)
+from torch import nn
+
+from deltatune.core.store import FORMATS, Format, read
+from deltatune.core.weights import Weights
+from deltatune.errors import DeltaTuneError, nearest
+from deltatune.formats.peft import is_peft, read_peft, write_peft
+
+__all__ = ["known", "read", "write"]
+
+FORMATS |= {
+    "peft": Format("adapter_config.json and adapter_model.safetensors of peft", is_peft, read_peft, write_peft),
+}
+
+
+def known() -> dict[str, str]:
+    """Return one line about every format, by its name."""
+    return {name: form.about + ("" if form.write else " (read only)") for name, form in FORMATS.items()}
+
+
+def write(name: str, model: nn.Module, weights: Weights, folder: Path | str) -> None:
+    """Write weights for `model` into `folder` in the format called `name`; raises `DeltaTuneError`, writing nothing, when it cannot."""
+    form = FORMATS.get(name)
+    if form is None:
+        raise DeltaTuneError(f"there is no format {name!r}.{nearest(name, FORMATS)} Known are {', '.join(FORMATS)}.")
+    if form.write is None:
+        written = ", ".join(other for other, each in FORMATS.items() if each.write)
+        raise DeltaTuneError(f"{name} files are read, not written; written are {written}.")
+    form.write(model, weights, Path(folder))

@@ -4,7 +4,8 @@ One file is one family of types; a type is a `Form`, which says how peft keeps o
 from the keys of the tensors, never from the config's patterns.
 """
 
+from deltatune.formats.peft.folder import is_peft
 from deltatune.formats.peft.read import read_peft
 from deltatune.formats.peft.write import write_peft
 
-__all__ = ["read_peft", "write_peft"]
+__all__ = ["is_peft", "read_peft", "write_peft"]

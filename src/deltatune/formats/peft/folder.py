@@ -20,6 +20,11 @@ TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 
 
+def is_peft(path: Path) -> bool:
+    """Whether a path is a folder of peft."""
+    return (path / CONFIG).is_file()
+
+
 def read_folder(folder: Path) -> tuple[Config, dict[str, Tensor]]:
     """Return the config and the tensors of a peft folder; raises `DeltaTuneError` for pickles and for foreign folders."""
     if not (folder / CONFIG).is_file():

@@ -24,7 +24,7 @@ from deltatune.methods.specification.bitfit import BitFit
 from deltatune.methods.specification.full import Full
 
 
-def write_peft(weights: Weights, model: nn.Module, folder: Path | str, base: str | None = None) -> None:
+def write_peft(model: nn.Module, weights: Weights, folder: Path | str, base: str | None = None) -> None:
     """Write weights for `model` as a folder that peft loads; `base` is the name under which it finds the backbone.
 
     Raises `DeltaTuneError`, before anything is written, for what peft cannot compute in the same way.
