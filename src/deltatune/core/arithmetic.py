@@ -26,7 +26,7 @@ from deltatune.core.method import Bag, Method
 from deltatune.core.report import TOLERANCE, refuse
 from deltatune.core.spec import concrete
 from deltatune.core.task_vectors import Result, check_operands, sum_of, total
-from deltatune.core.weights import Weights, generate
+from deltatune.core.weights import Weights, completed, generate
 from deltatune.errors import DeltaTuneError
 
 Held = Mapping[str, Tensor]
@@ -94,7 +94,7 @@ def _instead(coefficients: Sequence[float]) -> str:
 def _combined(model: nn.Module, weights: Sequence[Weights], coefficients: Sequence[float]) -> Weights:
     first = weights[0]
     placements = [place(model, w.delta) for w in weights]
-    held = [{**generate(model, ps, w.seed, "seeded", {}), **w.held} for ps, w in zip(placements, weights, strict=True)]
+    held = [completed(model, w, ps) for ps, w in zip(placements, weights, strict=True)]
     delta = Delta(tuple(_term(i, weights, placements, held, coefficients) for i in range(len(first.delta.terms))))
     start = generate(model, [p for p in placements[0] if not _is_lora(p.method)], first.seed, "trained", {})
     tensors: dict[str, Tensor] = {}
@@ -105,7 +105,7 @@ def _combined(model: nn.Module, weights: Sequence[Weights], coefficients: Sequen
         else:
             made = _leaf_by_leaf(after, held, start, coefficients)
         for leaf, declared in after.leaves.items():
-            if declared.kind != "seeded":
+            if declared.kind != "seeded" or after.name(leaf) in first.fixed:
                 (tensors if declared.trained else fixed)[after.name(leaf)] = made[leaf]
     return Weights(delta, tensors, first.backbone, first.seed, fixed=fixed)
 

@@ -25,7 +25,7 @@ from deltatune.core.ports import PORTS, Edit, Setting, Tensors
 from deltatune.core.site import Anatomy, anatomy
 from deltatune.core.stored import device, settle, share_gradients, stored, values
 from deltatune.core.stored import settings as needs
-from deltatune.core.weights import Weights, fingerprint, generate, init
+from deltatune.core.weights import Weights, completed, fingerprint, init
 from deltatune.errors import DeltaTuneError
 
 
@@ -93,11 +93,18 @@ class Attachment(Link):
         self._spec = replace(
             source, tensors={}, fixed={}
         )  # the leaves hold the numbers; a second copy would double the memory of Full
+        self._fixed = frozenset(source.fixed)
 
     @property
     def weights(self) -> Weights:
         """The current numbers, as float32 CPU copies; of sharded leaves all of them, so every process has to ask."""
-        return read(self._spec, self.placements, self.leaves)
+        trained = {p.name(leaf) for p in self.placements for leaf, d in p.leaves.items() if d.trained}
+        held = dict(named(self.placements, self.leaves))
+        now, fixed = (
+            {n: values(t, self.leaves).detach().to("cpu", copy=True) for n, t in held.items() if n in names}
+            for names in (trained, self._fixed)
+        )
+        return replace(self._spec, tensors=now, fixed=fixed)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the trained tensors with their names in the weights."""
@@ -108,10 +115,11 @@ class Attachment(Link):
         if weights.delta != self.delta:
             raise DeltaTuneError(f"{self.name!r} holds {self.delta}; the weights given are for {weights.delta}.")
         check_tensors(weights, self.placements)
+        held = completed(self.model, weights, self.placements)
         settle(self.model)
         for name, tensor in named(self.placements, self.leaves):
-            if name in weights.held:
-                tensor.data.copy_(stored(weights.held[name], tensor))
+            tensor.data.copy_(stored(held[name], tensor))
+        self._spec, self._fixed = replace(self._spec, seed=weights.seed), frozenset(weights.fixed)
 
 
 def named(placements: list[Placement], leaves: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -119,14 +127,6 @@ def named(placements: list[Placement], leaves: nn.Module) -> Iterator[tuple[str,
     held: dict[str, Any] = {**leaves._parameters, **leaves._buffers}
     names = dict.fromkeys(p.name(leaf) for p in placements for leaf in p.leaves)
     return ((name, held[key(name)]) for name in names)
-
-
-def read(spec: Weights, placements: list[Placement], leaves: nn.Module) -> Weights:
-    """Return weights with the numbers that `leaves` holds now, as CPU copies, and all else from `spec`."""
-    kinds = {p.name(leaf): d.kind for p in placements for leaf, d in p.leaves.items()}
-    now = {name: values(t, leaves).detach().to("cpu", copy=True) for name, t in named(placements, leaves)}
-    tensors, fixed = ({n: t for n, t in now.items() if kinds[n] == kind} for kind in ("trained", "stored"))
-    return replace(spec, tensors=tensors, fixed=fixed)
 
 
 def key(name: str) -> str:
@@ -177,7 +177,7 @@ def free_name(model: nn.Module, name: str | None, prefix: str = "delta") -> str:
 def hold(model: nn.Module, weights: Weights, placements: list[Placement], learn: bool = True) -> Leaves:
     """Return a module that holds the weights' tensors, each on the device of its site: copies, if they are to `learn`."""
     leaves = Leaves()
-    held = {**generate(model, placements, weights.seed, "seeded", {}), **weights.held}
+    held = completed(model, weights, placements)
     for placement in placements:
         here = device(model.get_submodule(placement.site.path))
         for leaf, declared in placement.leaves.items():

@@ -25,10 +25,14 @@ def check_backbone(wanted: Fingerprint, found: Fingerprint, check: bool) -> None
 
 
 def check_tensors(weights: Weights, placements: list[Placement]) -> None:
-    """Raise `DeltaTuneError` when the tensors are not exactly those that the placements declare."""
-    for kind, found in (("trained", weights.tensors), ("stored", weights.fixed)):
-        wanted = {p.name(leaf): d for p in placements for leaf, d in p.leaves.items() if d.kind == kind}
-        for name in sorted(wanted.keys() - found.keys()):
+    """Raise `DeltaTuneError` when the tensors are not exactly those that the placements declare; seeded ones may be there."""
+    declared = {p.name(leaf): d for p in placements for leaf, d in p.leaves.items()}
+    for needed, kinds, found in (
+        ("trained", ("trained",), weights.tensors),
+        ("stored", ("stored", "seeded"), weights.fixed),
+    ):
+        wanted = {name: leaf for name, leaf in declared.items() if leaf.kind in kinds}
+        for name in sorted(name for name, leaf in wanted.items() if leaf.kind == needed and name not in found):
             raise DeltaTuneError(f"the weights lack the tensor {name!r} of {weights.delta}.{nearest(name, found)}")
         for name, tensor in found.items():
             if name not in wanted:

@@ -22,7 +22,7 @@ from deltatune.core.ports import Tensors
 from deltatune.core.report import TOLERANCE, Report, refuse
 from deltatune.core.site import Site
 from deltatune.core.stored import quantised, sharded, stored, values
-from deltatune.core.weights import Weights, fingerprint, generate
+from deltatune.core.weights import Weights, completed, fingerprint
 from deltatune.errors import DeltaTuneError
 
 Change = dict[tuple[str, str], Tensor]
@@ -75,7 +75,7 @@ def _merged(
 
 def _holder(model: nn.Module, weights: Weights, placements: list[Placement]) -> nn.Module:
     holder = nn.Module()
-    for name, tensor in {**generate(model, placements, weights.seed, "seeded", {}), **weights.held}.items():
+    for name, tensor in completed(model, weights, placements).items():
         holder.register_buffer(key(name), tensor)
     return holder
 

@@ -80,7 +80,8 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 class Weights:
     """A delta's numbers: `tensors` by the names of `Placement.name`, for the backbone of `backbone`.
 
-    `fixed` holds the leaves that are stored and not trained; the other untrained ones `seed` regenerates.
+    `fixed` holds the leaves that are stored and not trained; the other untrained ones `seed` regenerates, unless `fixed`
+    has them too: then they came from elsewhere (another library's file) and hold instead.
     """
 
     delta: Delta
@@ -229,6 +230,11 @@ def _starts(
                 found[kind][name] = _start(placement, leaf, f"{seed}|{identity}|{used[kind, identity]}", given)
                 used[kind, identity] += 1
     return found
+
+
+def completed(model: nn.Module, weights: Weights, placements: list[Placement]) -> dict[str, Tensor]:
+    """Return the tensor of every leaf by its name: what the weights hold, and what their seed regenerates."""
+    return {**generate(model, placements, weights.seed, "seeded", {}), **weights.held}
 
 
 def _start(placement: Placement, leaf: str, identity: str, given: Given) -> Tensor:

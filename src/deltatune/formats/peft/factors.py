@@ -158,7 +158,7 @@ class AdaLoRAForm(Form):
         )
         leaves = {"P": held["lora_B"], "lam": held["lora_E"].flatten(), "Q": held["lora_A"]}
         means = {f"means_{leaf}": torch.zeros(2, *tensor.shape) for leaf, tensor in leaves.items()}
-        return [Part(site.path, method, leaves, {**means, "kept": torch.ones(n)})]
+        return [Part(site.path, method, leaves | means | {"kept": torch.ones(n)})]
 
     def write(self, seat: Seat) -> Tensors:
         return {"lora_A": seat.leaves["Q"], "lora_B": seat.leaves["P"], "lora_E": seat.leaves["lam"][:, None]}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from deltatune.core.method import Method
@@ -18,13 +19,16 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A method at one module, and its leaves by what stands behind the module's path in their names."""
+    """A method at one module, and its leaves by what stands behind the module's path in their names.
+
+    Parts that share leaves and do not agree on them have another `group`.
+    """
 
     path: str
     method: Method
     leaves: Tensors
-    fixed: Tensors = field(default_factory=dict)
     side: Literal["in", "out"] = "out"
+    group: str = ""
 
     def name(self, term: int, leaf: str) -> str:
         """Return the name of a leaf in the weights."""
@@ -33,22 +37,42 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Seat:
-    """A method at one site of a live model, its tensors there (regenerated ones included), and the shape of the site's weight."""
+    """A method at one site of a live model, its tensors there (regenerated ones included), and the site's own tensors."""
 
     method: Any
     site: Site
     leaves: Tensors
-    shape: tuple[int, ...]
+    own: Tensors
+    seed: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the site's weight as it is stored."""
+        return tuple(self.own["weight"].shape) if "weight" in self.own else ()
+
+    @property
+    def W(self) -> Tensor:
+        """The site's weight, float32 [d_out, d_in]."""
+        return weight_of(self.site, self.own)
+
+
+def weight_of(site: Site, own: Mapping[str, Tensor]) -> Tensor:
+    """Return the weight among a site's own tensors, float32 [d_out, d_in]."""
+    return site.matrix(own["weight"].detach().to("cpu", torch.float32))
 
 
 class Form:
-    """How peft keeps a method; `suffixes` end the keys of its tensors, behind the module's path."""
+    """How peft keeps a method; `suffixes` end the keys of its tensors, behind the module's path.
+
+    Tensors `shared` by all modules stand at the root; `read` gets them beside a module's own.
+    """
 
     known: ClassVar[dict[str, Form]] = {}
     type: ClassVar[str]
     methods: ClassVar[tuple[type[Method], ...]]
     suffixes: ClassVar[tuple[str, ...]]
     needed: ClassVar[tuple[str, ...]] = ()  # suffixes without which a module's tensors are not whole
+    shared: ClassVar[tuple[str, ...]] = ()
     fields: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[Mapping[str, str]] = {}
     kinds: ClassVar[tuple[str, ...]] = ("linear",)  # the sites where peft has it
@@ -56,7 +80,8 @@ class Form:
     transposed: ClassVar[bool] = False  # whether peft has it at weights stored [in, out]
 
     def __init_subclass__(cls) -> None:
-        Form.known[cls.type] = cls()
+        if "type" in vars(cls):
+            Form.known[cls.type] = cls()
 
     def check(self, config: Config) -> None:
         """Raise `DeltaTuneError` for a config that says what the method cannot express."""
@@ -65,6 +90,18 @@ class Form:
     def read(self, config: Config, site: Site, held: Tensors) -> list[Part]:
         """Return what a module's tensors are in deltatune."""
         raise NotImplementedError
+
+    def read_at(self, config: Config, site: Site, held: Tensors, own: Tensors) -> list[Part]:
+        """Return what a module's tensors are in deltatune where that depends on the module's own."""
+        return self.read(config, site, held)
+
+    def seed(self, config: Config) -> int:
+        """Return the seed of the weights, where the config has one that draws the same."""
+        return 0
+
+    def share(self, seats: Sequence[Seat]) -> Tensors:
+        """Return the tensors that all modules share, by their names at the root."""
+        return {}
 
     def write(self, seat: Seat) -> Tensors:
         """Return a site's tensors by their suffixes in peft."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from deltatune.core.delta import Delta, Term, place
 from deltatune.core.fit import check_tensors
 from deltatune.core.method import Method
 from deltatune.core.site import Anatomy, Site, anatomy
-from deltatune.core.weights import Weights, fingerprint
+from deltatune.core.weights import Weights, fingerprint, generate
 from deltatune.core.where import select
 from deltatune.errors import DeltaTuneError, nearest
 from deltatune.formats.peft import factors, rotations, scalings  # noqa: F401  (they define their forms)
@@ -23,7 +23,8 @@ from deltatune.formats.peft.prompts import PROMPTS, read_prompt
 from deltatune.formats.peft.values import bias_trap, read_values
 from deltatune.methods.addition.trainable_tokens import TrainableTokens
 
-PREFIX = "base_model.model."
+ROOT = "base_model."
+PREFIX = f"{ROOT}model."
 # types of peft that deltatune has as well, with tensors that its files cannot give it
 OTHERWISE = {
     "VERA": "its random matrices come from peft's generator or from the file, and deltatune draws its own from the seed",
@@ -47,14 +48,14 @@ def read_peft(model: nn.Module, folder: Path | str, check: bool = True) -> Weigh
     if check:
         form.check(config)
     parts = anatomy(model)
-    held, rest = _split(form, config, tensors)
+    held, shared, rest = _split(form, config, tensors)
     sites = _sites(model, parts, config, list(held))
-    adapters = [part for path, site in sites.items() for part in _read(form, config, site, held[path])]
+    adapters = [part for path, site in sites.items() for part in _read(form, config, site, shared | held[path], model)]
     adapters = _once(model, adapters)
     values, biases = read_values(model, config, rest)
     if check:
         bias_trap(config, [model.get_submodule(path) for path in held], bool(biases))
-    return _assemble(model, parts, [*values, *adapters, *biases])
+    return assemble(model, parts, [*values, *adapters, *biases], form.seed(config))
 
 
 def _no_form(config: Config) -> DeltaTuneError:
@@ -67,11 +68,15 @@ def _no_form(config: Config) -> DeltaTuneError:
     )
 
 
-def _split(form: Form, config: Config, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensors], Tensors]:
-    """Return {path: {suffix: tensor}} of the form's own tensors, and the others by their names in the model."""
+def _split(form: Form, config: Config, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensors], Tensors, Tensors]:
+    """Return {path: {suffix: tensor}} of the form's own tensors, those it shares, and the others by their names in the model."""
     held: dict[str, Tensors] = {}
+    shared: Tensors = {}
     rest: Tensors = {}
     for key, tensor in tensors.items():
+        if key.removeprefix(ROOT).split(".")[0] in form.shared:
+            shared[key.removeprefix(ROOT)] = tensor
+            continue
         if not key.startswith(PREFIX):
             raise DeltaTuneError(
                 f"the file holds {key!r}; the tensors of a {config.type} of peft begin with {PREFIX!r}."
@@ -86,7 +91,7 @@ def _split(form: Form, config: Config, tensors: Mapping[str, Tensor]) -> tuple[d
         raise DeltaTuneError(
             f"the file beside {config.source} holds no tensor of a {config.type}; its keys are {sorted(rest)[:3]}."
         )
-    return held, rest
+    return held, shared, rest
 
 
 def _sites(model: nn.Module, parts: Anatomy, config: Config, paths: list[str]) -> dict[str, Site]:
@@ -102,11 +107,11 @@ def _sites(model: nn.Module, parts: Anatomy, config: Config, paths: list[str]) -
     return {path: select(model, f"path:{path}", parts)[0] for path in modules if path in wanted}
 
 
-def _read(form: Form, config: Config, site: Site, held: Tensors) -> list[Part]:
+def _read(form: Form, config: Config, site: Site, held: Tensors, model: nn.Module) -> list[Part]:
     lacking = [suffix for suffix in form.needed if suffix not in held]
     if lacking:
         raise DeltaTuneError(f"the file holds {', '.join(held)} of {site.path!r}, but no {', '.join(lacking)}.")
-    return form.read(config, site, held)
+    return form.read_at(config, site, held, dict(model.get_submodule(site.path).named_parameters(recurse=False)))
 
 
 def _once(model: nn.Module, parts: list[Part]) -> list[Part]:
@@ -122,17 +127,29 @@ def _once(model: nn.Module, parts: list[Part]) -> list[Part]:
     return kept
 
 
-def _assemble(model: nn.Module, anatomy: Anatomy, parts: list[Part]) -> Weights:
-    """Return weights with one term for each method and side, in the order in which they come."""
-    groups: dict[tuple[Method, str], list[Part]] = {}
+def assemble(model: nn.Module, anatomy: Anatomy, parts: Sequence[Part], seed: int = 0) -> Weights:
+    """Return weights with one term for each method, side and group, in the order in which they come.
+
+    Leaves that are stored and not in a file are computed from the model, as a fresh delta's are.
+    """
+    groups: dict[tuple[Method, str, str], list[Part]] = {}
     for part in parts:
-        groups.setdefault((part.method, part.side), []).append(part)
-    terms, tensors, fixed = [], {}, {}
-    for index, ((method, side), own) in enumerate(groups.items()):
-        terms.append(Term(where_of(model, anatomy, [part.path for part in own], side), method))
+        groups.setdefault((part.method, part.side, part.group), []).append(part)
+    wheres = [where_of(model, anatomy, [part.path for part in own], side) for (_, side, _), own in groups.items()]
+    delta = Delta(tuple(Term(where, method) for where, (method, _, _) in zip(wheres, groups, strict=True)))
+    placements = place(model, delta)
+    leaves = {(p.term, leaf): declared for p in placements for leaf, declared in p.leaves.items()}
+    tensors, fixed = {}, {}
+    for index, own in enumerate(groups.values()):
         for part in own:
-            tensors |= {part.name(index, leaf): tensor.contiguous() for leaf, tensor in part.leaves.items()}
-            fixed |= {part.name(index, leaf): tensor.contiguous() for leaf, tensor in part.fixed.items()}
-    weights = Weights(Delta(tuple(terms)), tensors, fingerprint(model), fixed=fixed)
-    check_tensors(weights, place(model, weights.delta))
+            for leaf, tensor in part.leaves.items():
+                declared = leaves.get((index, leaf.rpartition(".")[2]))
+                shared = declared is not None and declared.scope == "delta"
+                name = f"{index}.*.{leaf}" if shared else part.name(index, leaf)
+                (fixed if declared is not None and not declared.trained else tensors)[name] = tensor.contiguous()
+    stored = {p.name(leaf) for p in placements for leaf, declared in p.leaves.items() if declared.kind == "stored"}
+    if stored - fixed.keys():
+        fixed = generate(model, placements, seed, "stored", {}) | fixed
+    weights = Weights(delta, tensors, fingerprint(model), seed, fixed=fixed)
+    check_tensors(weights, placements)
     return weights

@@ -114,7 +114,7 @@ class SHiRAForm(Form):
         rank = config.whole("r", 32)
         agree(config, "r", site.path, len(rows), rank * (site.d_in + site.d_out))
         index = {"index": rows * site.d_in + columns}
-        return [Part(site.path, SHiRA(rank, LargestWeights()), {"value": held["shira_weight"]}, index)]
+        return [Part(site.path, SHiRA(rank, LargestWeights()), {"value": held["shira_weight"], **index})]
 
     def write(self, seat: Seat) -> Tensors:
         index = seat.leaves["index"]

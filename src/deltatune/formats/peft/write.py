@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from deltatune.core.delta import Placement, place
 from deltatune.core.fit import check_backbone, check_tensors
-from deltatune.core.weights import Weights, fingerprint, generate
+from deltatune.core.weights import Weights, completed, fingerprint
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.peft.folder import write_folder
 from deltatune.formats.peft.form import Form, Seat, Tensors
 from deltatune.formats.peft.lora import TOKENS, plainly
 from deltatune.formats.peft.names import targets
 from deltatune.formats.peft.prompts import WRITTEN, write_prompt
-from deltatune.formats.peft.read import PREFIX
+from deltatune.formats.peft.read import PREFIX, ROOT
 from deltatune.formats.peft.scalings import tokens_of
 from deltatune.formats.peft.values import write_biases, write_values
 from deltatune.methods.addition.trainable_tokens import TrainableTokens
@@ -43,19 +43,22 @@ def write_peft(model: nn.Module, weights: Weights, folder: Path | str, base: str
         config, tensors = write_prompt(model, prompts)
     else:
         config, tensors = _write(model, seats)
-        tensors = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
     write_folder(Path(folder), usual | config, tensors)
 
 
 def _seats(model: nn.Module, weights: Weights, placements: list[Placement]) -> list[Seat]:
-    held = {**generate(model, placements, weights.seed, "seeded", {}), **weights.held}
+    held = completed(model, weights, placements)
     seats = []
     for placement in placements:
-        leaves = {leaf: held[placement.name(leaf)].detach().to("cpu").float() for leaf in placement.leaves}
+        leaves = {leaf: _plain(held[placement.name(leaf)]) for leaf in placement.leaves}
         own = dict(model.get_submodule(placement.site.path).named_parameters(recurse=False))
-        shape = tuple(own["weight"].shape) if "weight" in own else ()
-        seats.append(Seat(placement.method, placement.site, leaves, shape))
+        seats.append(Seat(placement.method, placement.site, leaves, own, weights.seed))
     return seats
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().to("cpu")
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _task(model: nn.Module) -> str | None:
@@ -93,7 +96,9 @@ def _write(model: nn.Module, seats: list[Seat]) -> tuple[dict[str, Any], Tensors
     if tokens:
         tensors |= {f"{seat.site.path}.{TOKENS}": seat.leaves["rows"] for seat in tokens}
         config["trainable_token_indices"] = {seat.site.path: tokens_of(seat.method, seat) for seat in tokens}
-    return config | _targets(model, form, adapters), tensors
+    shared = {f"{ROOT}{name}": tensor for name, tensor in form.share(adapters).items()}
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
+    return config | _targets(model, form, adapters), shared | tensors
 
 
 def _form(seats: list[Seat]) -> Form:
