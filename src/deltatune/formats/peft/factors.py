@@ -43,7 +43,7 @@ class LoHaForm(Form):
     methods = (LoHa,)
     suffixes = needed = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     fields = LYCORIS
-    refused = {"use_effective_conv2d": "its factors of a kernel are no LoHa of a matrix"}  # noqa: RUF012
+    refused = {"use_effective_conv2d": "its factors of a kernel are no LoHa of a matrix"}
 
     def read(self, config: Config, site: Site, held: Tensors) -> list[Part]:
         rank = held["hada_w1_a"].shape[1]
@@ -67,11 +67,11 @@ class LoKrForm(Form):
     suffixes = ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_w1_a", "lokr_w1_b", "lokr_t2")
     needed = ("lokr_w1",)
     fields = LYCORIS
-    refused = {  # noqa: RUF012
+    refused = {
         "decompose_both": "LoKr's first factor is one matrix here",
         "use_effective_conv2d": "its factors of a kernel are no LoKr of a matrix",
     }
-    names = {"C": "lokr_w1", "D": "lokr_w2", "B": "lokr_w2_a", "A": "lokr_w2_b"}  # noqa: RUF012
+    names = {"C": "lokr_w1", "D": "lokr_w2", "B": "lokr_w2_a", "A": "lokr_w2_b"}
 
     def read(self, config: Config, site: Site, held: Tensors) -> list[Part]:
         rank = int(config.at("rank_pattern", site.path, config.whole("r", 8)))

@@ -75,6 +75,7 @@ class Form:
     shared: ClassVar[tuple[str, ...]] = ()
     fields: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[Mapping[str, str]] = {}
+    demands: ClassVar[Mapping[str, Any]] = {}  # fields with the one value that the method can express, peft's default
     kinds: ClassVar[tuple[str, ...]] = ("linear",)  # the sites where peft has it
     saves: ClassVar[bool] = True  # whether its config has `modules_to_save`
     transposed: ClassVar[bool] = False  # whether peft has it at weights stored [in, out]
@@ -85,7 +86,12 @@ class Form:
 
     def check(self, config: Config) -> None:
         """Raise `DeltaTuneError` for a config that says what the method cannot express."""
-        config.check(self.fields, self.refused)
+        config.check(self.fields | self.demands.keys(), self.refused)
+        for name, value in self.demands.items():
+            if config.get(name, value) != value:
+                raise DeltaTuneError(
+                    f"{config.source} says {name}={config.get(name)!r}; deltatune has {self.type} with {value!r} alone."
+                )
 
     def read(self, config: Config, site: Site, held: Tensors) -> list[Part]:
         """Return what a module's tensors are in deltatune."""
@@ -94,6 +100,10 @@ class Form:
     def read_at(self, config: Config, site: Site, held: Tensors, own: Tensors) -> list[Part]:
         """Return what a module's tensors are in deltatune where that depends on the module's own."""
         return self.read(config, site, held)
+
+    def spread(self, config: Config, held: Mapping[str, Tensors], shared: Tensors) -> dict[str, Tensors]:
+        """Return every module's tensors, in the order of the model, with those that it shares."""
+        return {path: shared | own for path, own in held.items()}
 
     def seed(self, config: Config) -> int:
         """Return the seed of the weights, where the config has one that draws the same."""

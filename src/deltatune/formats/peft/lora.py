@@ -60,7 +60,7 @@ class LoRAForm(Form):
             "merge_weights",
         ]
     )
-    refused = {  # noqa: RUF012
+    refused = {
         "target_parameters": "LoRA on the weights of experts is not read; which of their dimensions is the input changed in "
         "peft 0.19, and the file does not say which peft wrote it",
         "layer_replication": "it makes copies of blocks, and deltatune changes no backbone",

@@ -14,7 +14,7 @@ from deltatune.core.site import Anatomy, Site, anatomy
 from deltatune.core.weights import Weights, fingerprint, generate
 from deltatune.core.where import select
 from deltatune.errors import DeltaTuneError, nearest
-from deltatune.formats.peft import factors, rotations, scalings  # noqa: F401  (they define their forms)
+from deltatune.formats.peft import bases, factors, few, projections, rotations, scalings, spectra  # noqa: F401  (their forms)
 from deltatune.formats.peft.config import Config
 from deltatune.formats.peft.folder import read_folder
 from deltatune.formats.peft.form import Form, Part, Tensors
@@ -27,8 +27,11 @@ ROOT = "base_model."
 PREFIX = f"{ROOT}model."
 # types of peft that deltatune has as well, with tensors that its files cannot give it
 OTHERWISE = {
-    "VERA": "its random matrices come from peft's generator or from the file, and deltatune draws its own from the seed",
-    "FOURIERFT": "which entries it trains comes from peft's generator, and deltatune draws its own from the seed",
+    "ADAMSS": "which rows form a group is not in the file, and k-means may find other groups when it is run again",
+    "FROD": "its shared basis is not orthogonal, and that of deltatune's FRoD is",
+    "LILY": "peft averages its router over the whole batch, so that one row's output depends on the others",
+    "SHADOW": "its network beside the backbone is no method of deltatune, and its keys keep the adapter's name",
+    "UNILORA": "peft scales its vector by how often all modules together use an entry, and deltatune each module by itself",
     "XLORA": "it is made of other adapters; read each of them by itself",
 }
 
@@ -48,9 +51,10 @@ def read_peft(model: nn.Module, folder: Path | str, check: bool = True) -> Weigh
     if check:
         form.check(config)
     parts = anatomy(model)
-    held, shared, rest = _split(form, config, tensors)
+    held, common, rest = _split(form, config, tensors)
     sites = _sites(model, parts, config, list(held))
-    adapters = [part for path, site in sites.items() for part in _read(form, config, site, shared | held[path], model)]
+    whole = form.spread(config, {path: held[path] for path in sites}, common)
+    adapters = [part for path, site in sites.items() for part in _read(form, config, site, whole[path], model)]
     adapters = _once(model, adapters)
     values, biases = read_values(model, config, rest)
     if check:

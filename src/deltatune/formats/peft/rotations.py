@@ -24,7 +24,7 @@ class OFTForm(Form):
     methods = (OFT,)
     suffixes = ("oft_R.weight", "oft_r", "oft_s")
     fields = frozenset(["r", "oft_block_size", "module_dropout", "eps", "block_share", "num_cayley_neumann_terms"])
-    refused = {  # noqa: RUF012
+    refused = {
         "coft": "it pulls the rotations towards the identity whenever the layer is called",
         "use_cayley_neumann": "the rotations come from a series that is cut off, and are Cayley's own in deltatune; they are "
         "close for small ones: pass check=False to read them so",
@@ -80,7 +80,7 @@ class HRAForm(Form):
     methods = (HRA,)
     suffixes = needed = ("hra_u",)
     fields = frozenset({"r"})
-    refused = {"apply_GS": "its reflections are made orthogonal to each other before they are used"}  # noqa: RUF012
+    refused = {"apply_GS": "its reflections are made orthogonal to each other before they are used"}
 
     def read(self, config: Config, site: Site, held: Tensors) -> list[Part]:
         rank = held["hra_u"].shape[-1]

@@ -70,6 +70,8 @@ def _write(model: nn.Module, seats: list[Seat]) -> tuple[dict[str, Any], Tensors
     values = [seat for seat in seats if isinstance(seat.method, Full)]
     biases = [seat for seat in seats if isinstance(seat.method, BitFit)]
     adapters = [seat for seat in seats if not isinstance(seat.method, Full | BitFit)]
+    if not adapters:
+        adapters, biases = biases, []  # peft has biases by themselves, as a type of its own
     form = _form(adapters or seats)
     tokens: list[Seat] = []
     if form.type == "LORA":

@@ -1,0 +1,171 @@
+"""Types of peft whose files hold or draw what deltatune draws or computes itself: the same function read, the same file written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import deltatune as dt
+from deltatune.formats.peft import read_peft, write_peft
+from tests import tiny
+from tests.formats.folders import assert_equal, assert_round_trip, assert_same, edited, loaded, rewritten, saved
+from tests.laws.cases import busy
+
+BUILDS = {"llama": tiny.llama, "bert": tiny.bert, "gpt2": tiny.gpt2}
+QV = {"target_modules": ["q_proj", "v_proj"]}
+BERT = {"target_modules": ["query", "intermediate.dense"]}
+CASES: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "VeRA": ("llama", "VeraConfig", {"r": 6, **QV}, "VeRA(rank=6)"),
+    "VeRA-conv1d": ("gpt2", "VeraConfig", {"r": 6, "target_modules": ["c_fc"], "fan_in_fan_out": True}, "VeRA(rank=6)"),
+    "PVeRA": ("llama", "PveraConfig", {"r": 6, **QV}, "PVeRA(rank=6)"),
+    "RandLoRA": ("bert", "RandLoraConfig", {"r": 10, "randlora_alpha": 30, **BERT}, "RandLoRA(rank=10, alpha=30.0)"),
+    "VBLoRA": (
+        "llama",
+        "VBLoRAConfig",
+        {"r": 2, "num_vectors": 9, "vector_length": 8, "topk": 3, **QV},
+        "VBLoRA(rank=2, vectors=9, size=8, top=3)",
+    ),
+    "TinyLoRA": ("llama", "TinyLoraConfig", {"r": 2, "u": 5, **QV}, "TinyLoRA(size=5)"),
+    "TinyLoRA-tied": (
+        "llama",
+        "TinyLoraConfig",
+        {"r": 3, "u": 5, "weight_tying": 1.0, **QV},
+        "TinyLoRA(rank=3, size=5, share='delta')",
+    ),
+    "FourierFT": ("llama", "FourierFTConfig", {"n_frequency": 30, "scaling": 40.0, **QV}, "FourierFT(entries=30, scale=40.0)"),
+    "WaveFT": ("llama", "WaveFTConfig", {"n_frequency": 30, "random_loc_seed": 5, **QV}, "WaveFT(entries=30)"),
+    "DeLoRA": ("llama", "DeloraConfig", {"r": 3, **QV}, "DeLoRA(rank=3)"),
+    "GraLoRA": ("llama", "GraloraConfig", {"r": 4, "alpha": 6, **QV}, "GraLoRA(rank=4, alpha=6.0)"),
+    "GLoRA": ("llama", "GloraConfig", {"r": 3, **QV}, "GLoRA(rank=3)"),
+    "GLoRA-bias": ("bert", "GloraConfig", {"r": 3, "config_D_E": "vector", **BERT}, "GLoRA(rank=3)"),
+    "GLoRA-numbers": ("bert", "GloraConfig", {"r": 3, "config_C": "vector", **BERT}, "GLoRA(rank=3)"),
+    "PSOFT": ("llama", "PsoftConfig", {"r": 5, **QV}, "PSOFT(rank=5)"),
+    "PEANuT": ("llama", "PeanutConfig", {"r": 3, "depth": 2, "scaling": 1.5, **QV}, "PEANuT(rank=3, depth=2, scale=1.5)"),
+    "RoAd": ("llama", "RoadConfig", {"variant": "road_2", "group_size": 8, **QV}, "RoAd(variant=2, group=8)"),
+    "SuperTuning": ("llama", "SupertuningConfig", {"sparsity": 0.95, **QV}, "SuperTuning(share=0.050000000000000044)"),
+    "BEFT": ("llama", "BeftConfig", {"target_modules": ["v_proj"]}, "BitFit()"),
+    "DEFT": ("llama", "DeftConfig", {"r": 3, "alpha": 6, **QV}, "DEFT(rank=3, alpha=6.0)"),
+}  # fmt: skip
+ROUNDED = ("GLoRA-bias", "GLoRA-numbers", "DEFT")  # sums with the backbone's weight
+
+
+def config_of(name: str, fields: dict[str, Any]) -> Any:
+    import peft
+
+    return getattr(peft, name)(**fields)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_type_of_peft_is_read_and_written_as_the_same_function(case, tmp_path):
+    build, name, fields, text = CASES[case]
+    weights = assert_round_trip(tmp_path, BUILDS[build], config_of(name, fields), case not in ROUNDED, size=0.3)
+    assert {str(term.method) for term in weights.delta.terms} == {text}
+
+
+WRITTEN = {
+    "VeRA": 'VeRA(rank=6).at("attn.q")',
+    "RandLoRA": 'RandLoRA(rank=8).at("{attn.q,attn.o}")',
+    "VBLoRA": "VBLoRA(rank=2, vectors=9, size=8)",
+    "TinyLoRA": "TinyLoRA(size=5)",
+    "DeLoRA": 'DeLoRA(rank=3) + DeLoRA(rank=2).at("ffn.up")',
+    "GLoRA": "GLoRA(rank=3)",
+    "PSOFT": "PSOFT(rank=5)",
+    "OSF": 'OSF().at("attn.{q,v}")',
+    "RoAd": "RoAd(variant=4)",
+    "SuperTuning": "SuperTuning(share=0.03, entries=SmallestWeights())",
+    "BitFit": 'BitFit().at("attn.{q,v}")',
+    "DEFT": "DEFT(rank=3)",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", WRITTEN)
+def test_what_is_trained_here_is_the_same_in_peft(case, tmp_path):
+    weights = busy(dt.init(dt.parse(WRITTEN[case]), tiny.llama()), size=0.2)
+    write_peft(tiny.llama(), weights, tmp_path)
+    theirs = loaded(tmp_path, tiny.llama)
+    assert_same(tiny.llama, weights, theirs)
+    assert_same(tiny.llama, read_peft(tiny.llama(), tmp_path), theirs)
+
+
+@torch.no_grad()
+def test_osf_is_read_where_the_major_directions_are_left_alone(tmp_path):
+    from peft import OSFConfig
+
+    theirs = saved(tmp_path / "theirs", tiny.llama, OSFConfig(**QV), size=0.0)
+    with pytest.raises(AssertionError):  # the bare model
+        assert_same(tiny.llama, read_peft(tiny.llama(), tmp_path / "theirs"), theirs)
+    saved(tmp_path / "theirs", tiny.llama, OSFConfig(**QV))
+    with pytest.raises(dt.DeltaTuneError, match="in the major directions of the model's weight"):
+        read_peft(tiny.llama(), tmp_path / "theirs")
+    weights = busy(dt.init(dt.parse('OSF(keep=0.25).at("attn.{q,v}")'), tiny.llama()), size=0.2)
+    write_peft(tiny.llama(), weights, tmp_path / "ours")
+    again = read_peft(tiny.llama(), tmp_path / "ours")
+    write_peft(tiny.llama(), again, tmp_path / "again")
+    assert_equal(read_peft(tiny.llama(), tmp_path / "again"), again, exact=False)
+
+
+@torch.no_grad()
+def test_poly_is_read_for_its_first_task(tmp_path):
+    from peft import PolyConfig
+
+    fields = {"r": 2, "n_tasks": 3, "n_skills": 4, "n_splits": 2, **QV}
+    theirs = saved(tmp_path / "theirs", tiny.llama, PolyConfig(**fields), size=0.4)
+    weights = read_peft(tiny.llama(), tmp_path / "theirs")
+    batch = tiny.batch(tiny.llama())
+    for task in range(2):
+        model = tiny.llama()
+        tasks = torch.full((3,), task)
+        with dt.attach(model, dt.of_task(weights, task)):
+            ours = model(**batch).logits
+        torch.testing.assert_close(ours, theirs(**batch, task_ids=tasks).logits, rtol=0, atol=1e-5)
+    write_peft(tiny.llama(), weights, tmp_path / "ours")
+    assert_equal(read_peft(tiny.llama(), tmp_path / "ours"), weights)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "projection": ("VeraConfig", {"r": 6, "save_projection": False, **QV}, {}, "save_projection=False"),
+    "family": ("WaveFTConfig", {"n_frequency": 9, **QV}, {"wavelet_family": "db2"}, "wavelet_family='db2'.*'db1' alone"),
+    "parts": ("AdamssConfig", {"r": 6, "num_subspaces": 2, **QV}, {}, "which rows form a group"),
+    "basis": ("FrodConfig", {"progressbar": False, **QV}, {}, "basis is not orthogonal"),
+    "router": ("LilyConfig", {"r": 3, "num_B": 2, **QV}, {}, "router over the whole batch"),
+    "scales": ("UniLoraConfig", {"r": 2, "theta_d_length": 16, **QV}, {}, "all modules together"),
+    "shadow": ("VeraConfig", {"r": 6, **QV}, {"peft_type": "SHADOW"}, "keys keep the adapter's name"),
+    "top": ("VBLoRAConfig", {"r": 2, "num_vectors": 9, "vector_length": 8, **QV}, {"save_only_topk_weights": True}, "save all"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_another_function_is_refused_by_name(case, tmp_path):
+    name, fields, changes, words = REFUSED[case]
+    saved(tmp_path, tiny.llama, config_of(name, fields))
+    edited(tmp_path, **changes)
+    with pytest.raises(dt.DeltaTuneError, match=words):
+        read_peft(tiny.llama(), tmp_path)
+
+
+def test_matrices_that_peft_would_cut_from_the_widest_are_not_written(tmp_path):
+    weights = dt.init(dt.VeRA(rank=6), tiny.llama())
+    with pytest.raises(dt.DeltaTuneError, match="drew one for each width"):
+        write_peft(tiny.llama(), weights, tmp_path / "out")
+    fourier = dt.init(dt.FourierFT(entries=9), tiny.llama())
+    with pytest.raises(dt.DeltaTuneError, match="peft's generator draws other entries"):
+        write_peft(tiny.llama(), fourier, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_singular_vectors_of_another_model_are_not_written(tmp_path):
+    weights = dt.init(dt.PSOFT(rank=5), tiny.llama())
+    for tensor in weights.fixed.values():
+        tensor.mul_(2)
+    with pytest.raises(dt.DeltaTuneError, match="not what this backbone gives"):
+        write_peft(tiny.llama(), weights, tmp_path / "out")
+
+
+def test_a_missing_matrix_is_named(tmp_path):
+    saved(tmp_path, tiny.llama, config_of("TinyLoraConfig", {"r": 2, "u": 5, **QV}))
+    rewritten(tmp_path, lambda tensors: {n: t for n, t in tensors.items() if not n.endswith("tinylora_v.3")})
+    with pytest.raises(dt.DeltaTuneError, match=r"lacks tinylora_v\.3"):
+        read_peft(tiny.llama(), tmp_path)
