@@ -32,7 +32,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "llama",
         "TinyLoraConfig",
         {"r": 3, "u": 5, "weight_tying": 1.0, **QV},
-        "TinyLoRA(rank=3, size=5, share='delta')",
+        'TinyLoRA(rank=3, size=5, share="delta")',
     ),
     "FourierFT": ("llama", "FourierFTConfig", {"n_frequency": 30, "scaling": 40.0, **QV}, "FourierFT(entries=30, scale=40.0)"),
     "WaveFT": ("llama", "WaveFTConfig", {"n_frequency": 30, "random_loc_seed": 5, **QV}, "WaveFT(entries=30)"),
@@ -73,7 +73,7 @@ WRITTEN = {
     "GLoRA": "GLoRA(rank=3)",
     "PSOFT": "PSOFT(rank=5)",
     "OSF": 'OSF().at("attn.{q,v}")',
-    "RoAd": "RoAd(variant=4)",
+    "RoAd": "RoAd(variant=4, group=16)",
     "SuperTuning": "SuperTuning(share=0.03, entries=SmallestWeights())",
     "BitFit": 'BitFit().at("attn.{q,v}")',
     "DEFT": "DEFT(rank=3)",
@@ -111,7 +111,7 @@ def test_osf_is_read_where_the_major_directions_are_left_alone(tmp_path):
 def test_poly_is_read_for_its_first_task(tmp_path):
     from peft import PolyConfig
 
-    fields = {"r": 2, "n_tasks": 3, "n_skills": 4, "n_splits": 2, **QV}
+    fields = {"r": 2, "n_tasks": 3, "n_skills": 4, "n_splits": 2, "task_type": "CAUSAL_LM", **QV}
     theirs = saved(tmp_path / "theirs", tiny.llama, PolyConfig(**fields), size=0.4)
     weights = read_peft(tiny.llama(), tmp_path / "theirs")
     batch = tiny.batch(tiny.llama())

@@ -39,8 +39,7 @@ def refused(folder: Any, words: str) -> None:
 
 FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "type": ({"peft_type": "LORRA"}, r"'LORRA', which is not read\. Did you mean 'LORA'"),
-    "vera": ({"peft_type": "VERA"}, "VERA, which is not read: its random matrices"),
-    "fourierft": ({"peft_type": "FOURIERFT"}, "which entries it trains"),
+    "lily": ({"peft_type": "LILY"}, "LILY, which is not read: peft averages its router"),
     "start": ({"init_lora_weights": "pissa_niter_4"}, "whose weights that start has changed"),
     "experts": ({"target_parameters": ["mlp.experts.down_proj"]}, r"changed in peft 0\.19"),
     "old": ({"enable_lora": [True, False, True]}, r"peft 0\.2 and older"),
@@ -162,7 +161,7 @@ WRITTEN = {
     "part": ("gpt2", 'IA3().at("attn.{k,v}")', "acts on a part of 'transformer.h.0.attn.c_attn'"),
     "conv1d": ("gpt2", 'HRA(rank=2).at("ffn.up")', r"HRA does not act on the linear, stored \[in, out\]"),
     "bias": ("llama", 'LoRA(rank=2).at("attn.q") + BitFit().at("ffn.up")', "peft adds one only where a LoRA is"),
-    "alone": ("bert", "BitFit()", "no type for BitFit"),
+    "alone": ("bert", "BitFit()", "BEFT does not act on the norm"),
     "beside": ("bert", 'HRA(rank=2) + BitFit().at("attn.q")', "not written beside HRA"),
     "tied": ("qwen2", 'LoRA(rank=2) + Full().at("head")', "peft would untie them"),
     "wrapped": ("llama", "Reparam(LoRA(rank=2), Subspace(dim=20))", "write what dt.flatten"),

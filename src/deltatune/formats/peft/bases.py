@@ -65,7 +65,10 @@ class PSOFTForm(Table):
         ["r", "psoft_alpha", "psoft_dropout", "psoft_svd_lowrank_niter", "random_seed", "num_cayley_neumann_terms"]
     )
     refused = {"use_cayley_neumann": "the rotation comes from a series that is cut off"}
-    demands = {"ab_svd_init": "psoft_init", "psoft_svd": "full", "psoft_orth": True}
+    demands = {"ab_svd_init": "psoft_init", "psoft_svd": "full", "psoft_orth": True} | {
+        "psoft_mag_a": True,
+        "psoft_mag_b": True,
+    }
 
     def method(self, config: Config, site: Site, held: Tensors) -> Method:
         rank = len(held["psoft_R.vector_a"])

@@ -73,6 +73,7 @@ class Form:
     suffixes: ClassVar[tuple[str, ...]]
     needed: ClassVar[tuple[str, ...]] = ()  # suffixes without which a module's tensors are not whole
     shared: ClassVar[tuple[str, ...]] = ()
+    repeats: ClassVar[bool] = False  # whether peft writes what is shared at every module as well
     fields: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[Mapping[str, str]] = {}
     demands: ClassVar[Mapping[str, Any]] = {}  # fields with the one value that the method can express, peft's default

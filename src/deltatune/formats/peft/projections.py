@@ -95,6 +95,7 @@ class RandLoRAForm(Form):
     methods = (RandLoRA,)
     transposed = True
     shared = ("randlora_A", "randlora_B")
+    repeats = True
     suffixes = ("randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B")
     needed = ("randlora_lambda", "randlora_gamma")
     fields = frozenset(
@@ -111,7 +112,7 @@ class RandLoRAForm(Form):
         return [Part(site.path, RandLoRA(rank, float(config.number("randlora_alpha", 640))), leaves)]
 
     def write(self, seat: Seat) -> Tensors:
-        return {"randlora_lambda": seat.leaves["l"].mT, "randlora_gamma": seat.leaves["g"], **self.share([seat])}
+        return {"randlora_lambda": seat.leaves["l"].mT, "randlora_gamma": seat.leaves["g"]}
 
     def share(self, seats: Sequence[Seat]) -> Tensors:
         turned = [{**seat.leaves, **_turned(seat)} for seat in seats]

@@ -48,8 +48,9 @@ def write_peft(model: nn.Module, weights: Weights, folder: Path | str, base: str
 
 def _seats(model: nn.Module, weights: Weights, placements: list[Placement]) -> list[Seat]:
     held = completed(model, weights, placements)
+    order = {path: i for i, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
     seats = []
-    for placement in placements:
+    for placement in sorted(placements, key=lambda p: order[p.site.path]):
         leaves = {leaf: _plain(held[placement.name(leaf)]) for leaf in placement.leaves}
         own = dict(model.get_submodule(placement.site.path).named_parameters(recurse=False))
         seats.append(Seat(placement.method, placement.site, leaves, own, weights.seed))
@@ -98,7 +99,10 @@ def _write(model: nn.Module, seats: list[Seat]) -> tuple[dict[str, Any], Tensors
     if tokens:
         tensors |= {f"{seat.site.path}.{TOKENS}": seat.leaves["rows"] for seat in tokens}
         config["trainable_token_indices"] = {seat.site.path: tokens_of(seat.method, seat) for seat in tokens}
-    shared = {f"{ROOT}{name}": tensor for name, tensor in form.share(adapters).items()}
+    shared = form.share(adapters)
+    if form.repeats:
+        tensors |= {f"{seat.site.path}.{name}": tensor for seat in adapters for name, tensor in shared.items()}
+    shared = {f"{ROOT}{name}": tensor for name, tensor in shared.items()}
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
     return config | _targets(model, form, adapters), shared | tensors
 
