@@ -14,12 +14,12 @@ from deltatune.core.site import Anatomy, Site, anatomy
 from deltatune.core.weights import Weights, fingerprint, generate
 from deltatune.core.where import select
 from deltatune.errors import DeltaTuneError, nearest
-from deltatune.formats.peft import bases, factors, few, projections, rotations, scalings, spectra  # noqa: F401  (their forms)
+from deltatune.formats.peft import bases, factors, few, prefixes, projections, rotations, scalings, spectra  # noqa: F401  (their forms)
 from deltatune.formats.peft.config import Config
 from deltatune.formats.peft.folder import read_folder
 from deltatune.formats.peft.form import Form, Part, Tensors
 from deltatune.formats.peft.names import where_of
-from deltatune.formats.peft.prompts import PROMPTS, read_prompt
+from deltatune.formats.peft.prompts import Prompt, read_prompt
 from deltatune.formats.peft.values import bias_trap, read_values
 from deltatune.methods.addition.trainable_tokens import TrainableTokens
 
@@ -43,7 +43,7 @@ def read_peft(model: nn.Module, folder: Path | str, check: bool = True) -> Weigh
     themselves: without the fields of the config that are refused or not known, and without biases that peft did not save.
     """
     config, tensors = read_folder(Path(folder))
-    if config.type in PROMPTS:
+    if config.type in Prompt.known:
         return read_prompt(model, config, tensors)
     form = Form.known.get(config.type)
     if form is None:
@@ -63,7 +63,7 @@ def read_peft(model: nn.Module, folder: Path | str, check: bool = True) -> Weigh
 
 
 def _no_form(config: Config) -> DeltaTuneError:
-    known = sorted({*Form.known, *PROMPTS})
+    known = sorted({*Form.known, *Prompt.known})
     if config.type in OTHERWISE:
         return DeltaTuneError(f"{config.source} is a {config.type}, which is not read: {OTHERWISE[config.type]}.")
     return DeltaTuneError(

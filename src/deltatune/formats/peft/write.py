@@ -15,7 +15,7 @@ from deltatune.formats.peft.folder import write_folder
 from deltatune.formats.peft.form import Form, Seat, Tensors
 from deltatune.formats.peft.lora import TOKENS, plainly
 from deltatune.formats.peft.names import targets
-from deltatune.formats.peft.prompts import WRITTEN, write_prompt
+from deltatune.formats.peft.prompts import Prompt, is_prompt, write_prompt
 from deltatune.formats.peft.read import PREFIX, ROOT
 from deltatune.formats.peft.scalings import tokens_of
 from deltatune.formats.peft.values import write_biases, write_values
@@ -36,7 +36,7 @@ def write_peft(model: nn.Module, weights: Weights, folder: Path | str, base: str
         raise DeltaTuneError(f"{weights.delta} acts nowhere, and peft has no type for nothing.")
     seats = _seats(model, weights, placements)
     usual = {"base_model_name_or_path": base, "task_type": _task(model), "inference_mode": True}
-    prompts = [seat for seat in seats if isinstance(seat.method, WRITTEN)]
+    prompts = [seat for seat in seats if is_prompt(seat.method)]
     if prompts:
         if len(weights.delta.terms) > 1:
             raise DeltaTuneError(f"peft's prompts and prefixes stand alone; this delta is {weights.delta}.")
@@ -123,9 +123,10 @@ def _form(seats: list[Seat]) -> Form:
                 f"{seat.method} has no form in peft; write what dt.flatten(model, weights) leaves of it."
             )
     known = sorted({method.__name__ for form in Form.known.values() for method in form.methods})
+    alone = sorted({form.method.__name__ for form in Prompt.known.values()})
     raise DeltaTuneError(
-        f"peft has no type for {names}; written are {', '.join(known)}, PromptTuning and PrefixTuning, one at a time, and "
-        "BitFit and Full beside them."
+        f"peft has no type for {names}; written are {', '.join(known)}, one at a time and with BitFit and "
+        f"Full beside them, and {', '.join(alone)}, alone."
     )
 
 
