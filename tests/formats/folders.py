@@ -36,13 +36,14 @@ def saved(folder: Path, build: Build, config: Any, size: float = 0.2) -> nn.Modu
     return model
 
 
-def loaded(folder: Path, build: Build) -> nn.Module:
-    """Return what peft makes of `folder`; a key that it misses or does not know is an error here."""
+def loaded(folder: Path, build: Build, but: str = "$") -> nn.Module:
+    """Return what peft makes of `folder`; a key that it misses or does not know is an error here, except a warning `but`."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", message="(?i).*(missing|unexpected|did not match|mismatch).*")
+        warnings.filterwarnings("ignore", message=f".*{but}.*")
         return PeftModel.from_pretrained(build(), str(folder)).eval()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltatune.core.method import Method
 from deltatune.core.site import Site
@@ -78,6 +78,7 @@ class Form:
     refused: ClassVar[Mapping[str, str]] = {}
     demands: ClassVar[Mapping[str, Any]] = {}  # fields with the one value that the method can express, peft's default
     kinds: ClassVar[tuple[str, ...]] = ("linear",)  # the sites where peft has it
+    beside: ClassVar[tuple[type[Method], ...]] = ()  # methods that it keeps as well, in tensors of another kind
     saves: ClassVar[bool] = True  # whether its config has `modules_to_save`
     transposed: ClassVar[bool] = False  # whether peft has it at weights stored [in, out]
 
@@ -93,6 +94,10 @@ class Form:
                 raise DeltaTuneError(
                     f"{config.source} says {name}={config.get(name)!r}; deltatune has {self.type} with {value!r} alone."
                 )
+
+    def take(self, model: nn.Module, config: Config, held: dict[str, Tensors]) -> list[Part]:
+        """Take out of `held` what is not at a module as a whole, and return what it is in deltatune."""
+        return []
 
     def read(self, config: Config, site: Site, held: Tensors) -> list[Part]:
         """Return what a module's tensors are in deltatune."""
@@ -114,12 +119,20 @@ class Form:
         """Return the tensors that all modules share, by their names at the root."""
         return {}
 
+    def prepare(self, seats: list[Seat]) -> list[Seat]:
+        """Return seats of `methods` as this type can keep them."""
+        return seats
+
+    def write_beside(self, model: nn.Module, seats: Sequence[Seat]) -> tuple[Tensors, dict[str, Any]]:
+        """Return the tensors by their names in the model, and the fields, of seats of methods `beside`."""
+        return {}, {}
+
     def write(self, seat: Seat) -> Tensors:
         """Return a site's tensors by their suffixes in peft."""
         raise NotImplementedError
 
     def settings(self, seats: Sequence[Seat]) -> dict[str, Any]:
-        """Return the fields of the config that tell peft about the method; all seats together are one adapter."""
+        """Return the fields of the config that tell peft about the method; all seats, those beside included, are one adapter."""
         raise NotImplementedError
 
     def one(self, seats: Sequence[Seat]) -> Any:

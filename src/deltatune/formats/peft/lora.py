@@ -14,15 +14,24 @@ from math import sqrt
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltatune.core.method import Bag
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.peft.config import Config
+from deltatune.formats.peft.experts import (
+    expert_part,
+    experts_of,
+    plain_experts,
+    take_experts,
+    target_parameters,
+    write_experts,
+)
 from deltatune.formats.peft.form import Form, Part, Seat, Tensors, agree
 from deltatune.formats.peft.names import patterns, plain
 from deltatune.methods.addition.trainable_tokens import TrainableTokens
+from deltatune.methods.combine.per_expert import PerExpert
 from deltatune.methods.reparameterization.dora import DoRA
 from deltatune.methods.reparameterization.lora import LoRA
 from deltatune.methods.specification.bitfit import BitFit
@@ -37,6 +46,7 @@ class LoRAForm(Form):
     type = "LORA"
     methods = (LoRA, DoRA)
     kinds = ("linear", "embedding", "conv")
+    beside = (TrainableTokens, PerExpert)
     transposed = True
     suffixes = ("lora_A.weight", "lora_B.weight", BIAS, MAGNITUDE, "lora_embedding_A", "lora_embedding_B", TOKENS)
     fields = frozenset(
@@ -58,11 +68,10 @@ class LoRAForm(Form):
             "trainable_token_indices",
             "velora_config",
             "merge_weights",
+            "target_parameters",
         ]
     )
     refused = {
-        "target_parameters": "LoRA on the weights of experts is not read; which of their dimensions is the input changed in "
-        "peft 0.19, and the file does not say which peft wrote it",
         "layer_replication": "it makes copies of blocks, and deltatune changes no backbone",
         "alora_invocation_tokens": "a LoRA that starts at certain tokens is no method of deltatune",
         "arrow_config": "it routes between several adapters; read each of them by itself",
@@ -85,8 +94,6 @@ class LoRAForm(Form):
             )
 
     def read(self, config: Config, site: Site, held: Tensors) -> list[Part]:
-        if site.path.rpartition(".")[2] == "experts":
-            raise DeltaTuneError(f"{site.path!r}: {self.refused['target_parameters']}.")
         parts = _tokens(config, site, held.pop(TOKENS)) if TOKENS in held else []
         if not held:
             return parts
@@ -106,8 +113,7 @@ class LoRAForm(Form):
         leaves = {"A": A.flatten(1), "B": B.flatten(1)}
         rank = A.shape[0]
         agree(config, "r", site.path, rank, config.at("rank_pattern", site.path, config.number("r", 8)))
-        alpha = config.at("alpha_pattern", site.path, config.number("lora_alpha", 8))
-        alpha = float(alpha * sqrt(rank) if config.flag("use_rslora") else alpha)
+        alpha = self._alpha(config, site.path, rank)
         method = DoRA(rank, alpha) if MAGNITUDE in held else LoRA(rank, alpha)
         if MAGNITUDE in held:
             leaves["m"] = held[MAGNITUDE].flatten()
@@ -117,6 +123,28 @@ class LoRAForm(Form):
         if BIAS in held:
             parts.append(Part(site.path, BitFit(), {"b": held[BIAS] * (alpha / rank)}))
         return parts
+
+    def take(self, model: nn.Module, config: Config, held: dict[str, Tensors]) -> list[Part]:
+        parts = []
+        for path, name, own in take_experts(model, config, held):
+            rank = int(config.at("rank_pattern", f"{path}.{name}", config.number("r", 8)))
+            parts.append(expert_part(model, rank, self._alpha(config, f"{path}.{name}", rank), config, path, name, own))
+        return parts
+
+    def _alpha(self, config: Config, path: str, rank: int) -> float:
+        """Return the alpha with which a module's change is scaled by alpha / rank."""
+        alpha = config.at("alpha_pattern", path, config.number("lora_alpha", 8))
+        return float(alpha * sqrt(rank) if config.flag("use_rslora") else alpha)
+
+    def prepare(self, seats: list[Seat]) -> list[Seat]:
+        return plainly(seats)
+
+    def write_beside(self, model: nn.Module, seats: Sequence[Seat]) -> tuple[Tensors, dict[str, Any]]:
+        experts, tokens = experts_of(seats)
+        tensors = {f"{seat.site.path}.{TOKENS}": seat.leaves["rows"] for seat in tokens} | write_experts(experts)
+        fields: dict[str, Any] = {"target_parameters": target_parameters(model, experts)} if experts else {}
+        rows = {seat.site.path: tokens_of(seat.method, seat) for seat in tokens}
+        return tensors, fields | ({"trainable_token_indices": rows} if tokens else {})
 
     def write(self, seat: Seat) -> Tensors:
         site, leaves = seat.site, seat.leaves
@@ -136,13 +164,15 @@ class LoRAForm(Form):
         return tensors | ({MAGNITUDE: leaves["m"]} if "m" in leaves else {})
 
     def settings(self, seats: Sequence[Seat]) -> dict[str, Any]:
+        experts, others = experts_of(seats)
+        seats = [*(s for s in others if not isinstance(s.method, TrainableTokens)), *plain_experts(experts)]
         kinds = {type(seat.method) for seat in seats}
         if len(kinds) > 1:
             raise DeltaTuneError(
                 "peft's LORA is LoRA or DoRA at all of its modules; this delta has both: write two folders."
             )
-        rank, ranks = patterns({seat.site.path: seat.method.rank for seat in seats})
-        alpha, alphas = patterns({seat.site.path: plain(seat.method.alpha) for seat in seats})
+        rank, ranks = patterns({_key(seat.site): seat.method.rank for seat in seats})
+        alpha, alphas = patterns({_key(seat.site): plain(seat.method.alpha) for seat in seats})
         return {
             "r": rank,
             "lora_alpha": alpha,
@@ -154,6 +184,15 @@ class LoRAForm(Form):
             "init_lora_weights": True,
             "bias": "none",
         }
+
+
+def _key(site: Site) -> str:
+    return f"{site.path}.{site.tensor}" if site.tensor else site.path
+
+
+def tokens_of(method: TrainableTokens, seat: Seat) -> list[int]:
+    """Return the tokens of a table counted from its start, as peft has them."""
+    return [token % seat.shape[0] for token in method.tokens]
 
 
 def _tokens(config: Config, site: Site, rows: Tensor) -> list[Part]:

@@ -52,10 +52,11 @@ def read_peft(model: nn.Module, folder: Path | str, check: bool = True) -> Weigh
         form.check(config)
     parts = anatomy(model)
     held, common, rest = _split(form, config, tensors)
+    apart = form.take(model, config, held)
     sites = _sites(model, parts, config, list(held))
     whole = form.spread(config, {path: held[path] for path in sites}, common)
     adapters = [part for path, site in sites.items() for part in _read(form, config, site, whole[path], model)]
-    adapters = _once(model, adapters)
+    adapters = apart + _once(model, adapters)
     values, biases = read_values(model, config, rest)
     if check:
         bias_trap(config, [model.get_submodule(path) for path in held], bool(biases))

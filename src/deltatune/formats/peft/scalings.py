@@ -11,7 +11,7 @@ from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.peft.config import Config
 from deltatune.formats.peft.form import Form, Part, Seat, Tensors, agree
-from deltatune.formats.peft.lora import token_part
+from deltatune.formats.peft.lora import token_part, tokens_of
 from deltatune.methods._sparse import LargestWeights
 from deltatune.methods.addition.ia3 import IA3
 from deltatune.methods.addition.trainable_tokens import TrainableTokens
@@ -162,8 +162,3 @@ class TokensForm(Form):
 
     def settings(self, seats: Sequence[Seat]) -> dict[str, Any]:
         return {"token_indices": tokens_of(self.one(seats), seats[0])}
-
-
-def tokens_of(method: TrainableTokens, seat: Seat) -> list[int]:
-    """Return the tokens of a table counted from its start, as peft has them."""
-    return [token % seat.shape[0] for token in method.tokens]

@@ -13,13 +13,10 @@ from deltatune.core.weights import Weights, completed, fingerprint
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.peft.folder import write_folder
 from deltatune.formats.peft.form import Form, Seat, Tensors
-from deltatune.formats.peft.lora import TOKENS, plainly
 from deltatune.formats.peft.names import targets
 from deltatune.formats.peft.prompts import Prompt, is_prompt, write_prompt
 from deltatune.formats.peft.read import PREFIX, ROOT
-from deltatune.formats.peft.scalings import tokens_of
 from deltatune.formats.peft.values import write_biases, write_values
-from deltatune.methods.addition.trainable_tokens import TrainableTokens
 from deltatune.methods.specification.bitfit import BitFit
 from deltatune.methods.specification.full import Full
 
@@ -74,17 +71,15 @@ def _write(model: nn.Module, seats: list[Seat]) -> tuple[dict[str, Any], Tensors
     if not adapters:
         adapters, biases = biases, []  # peft has biases by themselves, as a type of its own
     form = _form(adapters or seats)
-    tokens: list[Seat] = []
-    if form.type == "LORA":
-        tokens = [seat for seat in adapters if isinstance(seat.method, TrainableTokens)]
-        adapters = plainly([seat for seat in adapters if not isinstance(seat.method, TrainableTokens)])
+    extra = [seat for seat in adapters if not isinstance(seat.method, form.methods)]
+    adapters = form.prepare([seat for seat in adapters if isinstance(seat.method, form.methods)])
     _check(form, adapters)
     if (biases and form.type != "LORA") or (values and not form.saves):
         raise DeltaTuneError(
             f"{(biases or values)[0].method} is not written beside {form.type}; write it beside LoRA, or merge it."
         )
     tensors, saved = write_values(model, values)
-    config: dict[str, Any] = {"peft_type": form.type, **form.settings(adapters)} | (
+    config: dict[str, Any] = {"peft_type": form.type, **form.settings([*adapters, *extra])} | (
         {"modules_to_save": saved} if saved else {}
     )
     for seat in adapters:
@@ -96,9 +91,9 @@ def _write(model: nn.Module, seats: list[Seat]) -> tuple[dict[str, Any], Tensors
     if biases:
         found, fields = write_biases(model, biases, {seat.site.path: seat for seat in adapters})
         tensors, config = tensors | found, config | fields
-    if tokens:
-        tensors |= {f"{seat.site.path}.{TOKENS}": seat.leaves["rows"] for seat in tokens}
-        config["trainable_token_indices"] = {seat.site.path: tokens_of(seat.method, seat) for seat in tokens}
+    if extra:
+        found, fields = form.write_beside(model, extra)
+        tensors, config = tensors | found, config | fields
     shared = form.share(adapters)
     if form.repeats:
         tensors |= {f"{seat.site.path}.{name}": tensor for seat in adapters for name, tensor in shared.items()}
@@ -110,12 +105,10 @@ def _write(model: nn.Module, seats: list[Seat]) -> tuple[dict[str, Any], Tensors
 def _form(seats: list[Seat]) -> Form:
     """Return the one type of peft that has all these methods."""
     kinds = dict.fromkeys(type(seat.method) for seat in seats)
-    fitting = [form for form in Form.known.values() if all(kind in form.methods for kind in kinds)]
-    if not fitting and kinds.keys() - {TrainableTokens}:
-        lora = Form.known["LORA"]
-        fitting = [lora] if all(kind in (*lora.methods, TrainableTokens) for kind in kinds) else []
-    if fitting:
-        return fitting[0]
+    for also in (False, True):
+        for form in Form.known.values():
+            if all(kind in form.methods or (also and kind in form.beside) for kind in kinds):
+                return form
     names = " + ".join(kind.__name__ for kind in kinds)
     for seat in seats:
         if seat.method.computes is not seat.method:
@@ -152,7 +145,7 @@ def _check(form: Form, seats: list[Seat]) -> None:
 def _targets(model: nn.Module, form: Form, seats: list[Seat]) -> dict[str, Any]:
     paths = {seat.site.path for seat in seats}
     turned = any(seat.site.transposed and seat.site.kind == "linear" for seat in seats)
-    fields: dict[str, Any] = {"target_modules": targets(model, paths)}
+    fields: dict[str, Any] = {"target_modules": targets(model, paths) if paths else []}
     if form.transposed:
         fields["fan_in_fan_out"] = turned
     if form.type == "IA3":
