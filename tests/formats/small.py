@@ -1,0 +1,68 @@
+"""Backbones whose numbers depend on the names of their parameters alone, so that any version of transformers builds the same."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
+
+
+@torch.no_grad()
+def filled(model: nn.Module) -> nn.Module:
+    """Fill every parameter from a generator that its name seeds, norms around one, and return the model for evaluation."""
+    for name, tensor in model.named_parameters():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        noise = torch.randn(tensor.shape, generator=generator)
+        tensor.copy_(1 + 0.1 * noise if "norm" in name.lower() and name.endswith("weight") else 0.2 * noise)
+    return model.eval()
+
+
+def bert() -> nn.Module:
+    """BertForMaskedLM: norms behind the sub-layers."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return filled(BertForMaskedLM(BertConfig(**SIZES, **quiet, max_position_embeddings=16)))
+
+
+def llama() -> nn.Module:
+    """LlamaForCausalLM: norms before the sub-layers, rotary positions, one key/value head for two queries."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return filled(LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1, max_position_embeddings=16)))
+
+
+def t5() -> nn.Module:
+    """T5ForConditionalGeneration: two stacks, norms before the sub-layers, position biases."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 32, "dropout_rate": 0.0}
+    return filled(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)))
+
+
+BUILDS: dict[str, Callable[[], nn.Module]] = {"bert": bert, "llama": llama, "t5": t5}
+
+
+def batch(model: nn.Module) -> dict[str, Tensor]:
+    """Return two rows of six and four tokens, and decoder inputs where needed."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 32, (2, 6), generator=generator)
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    given = {"input_ids": torch.where(mask.bool(), ids, 0), "attention_mask": mask}
+    config: Any = model.config
+    if config.is_encoder_decoder:
+        given["decoder_input_ids"] = torch.randint(3, 32, (2, 3), generator=generator)
+    return given
+
+
+@torch.no_grad()
+def scores(model: nn.Module) -> Tensor:
+    """Return the scores of the batch at every position that is not padding."""
+    given = batch(model)
+    y = model(**given).logits
+    return y.flatten(0, 1) if "decoder_input_ids" in given else y[given["attention_mask"].bool()]
