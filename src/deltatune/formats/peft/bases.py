@@ -10,8 +10,10 @@ import torch
 from deltatune.core.method import Method
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
+from deltatune.formats.disk import Tensors
+from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Form, Part, Seat, Tensors, agree, weight_of
+from deltatune.formats.peft.form import Form, Seat, agree, weight_of
 from deltatune.formats.peft.names import patterns, plain
 from deltatune.formats.peft.table import Table, check_derived, fresh
 from deltatune.methods.reparameterization.deft import DEFT

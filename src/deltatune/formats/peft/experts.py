@@ -16,8 +16,10 @@ from dataclasses import replace
 from torch import nn
 
 from deltatune.errors import DeltaTuneError
+from deltatune.formats.disk import Tensors
+from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Part, Seat, Tensors, agree
+from deltatune.formats.peft.form import Seat, agree
 from deltatune.methods.combine.per_expert import PerExpert
 from deltatune.methods.reparameterization.lora import LoRA
 

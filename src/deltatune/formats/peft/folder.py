@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from deltatune.errors import DeltaTuneError
-from deltatune.files import read_json, write_bytes, write_json
+from deltatune.files import read_json, write_json
+from deltatune.formats.disk import read_safetensors, write_safetensors
 from deltatune.formats.peft.config import Config
 
 CONFIG = "adapter_config.json"
@@ -59,22 +57,10 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
                 "Convert it where you trust it: PeftModel.from_pretrained(model, folder).save_pretrained(other folder) of peft."
             )
         raise DeltaTuneError(f"there is no {TENSORS} in {folder}, beside its {CONFIG}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise DeltaTuneError(f"{path} is not a whole safetensors file ({error}); copy or save it again.") from None
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise DeltaTuneError(f"the tensor {name!r} of {path} holds NaN or infinity.")
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    return read_safetensors(path)
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write both files, each in one step; the config, by which a folder is known, comes last."""
-    ready = {name: tensor.detach().to("cpu").clone().contiguous() for name, tensor in tensors.items()}
-    for name, tensor in ready.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise DeltaTuneError(f"the tensor {name!r} holds NaN or infinity; nothing was written to {folder}.")
-    write_bytes(folder / TENSORS, to_bytes(ready, {"format": "pt"}))
+    write_safetensors(folder / TENSORS, tensors)
     write_json(folder / CONFIG, dict(config))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +12,9 @@ from torch import Tensor, nn
 from deltatune.core.method import Method
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
+from deltatune.formats.disk import Tensors
+from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A method at one module, and its leaves by what stands behind the module's path in their names.
-
-    Parts that share leaves and do not agree on them have another `group`.
-    """
-
-    path: str
-    method: Method
-    leaves: Tensors
-    side: Literal["in", "out"] = "out"
-    group: str = ""
-
-    def name(self, term: int, leaf: str) -> str:
-        """Return the name of a leaf in the weights."""
-        return f"{term}.{self.path}{':in' if self.side == 'in' else ''}.{leaf}"
 
 
 @dataclass(frozen=True, eq=False)

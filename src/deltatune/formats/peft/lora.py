@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from deltatune.core.method import Bag
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
+from deltatune.formats.disk import Tensors
+from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
 from deltatune.formats.peft.experts import (
     expert_part,
@@ -28,7 +30,7 @@ from deltatune.formats.peft.experts import (
     target_parameters,
     write_experts,
 )
-from deltatune.formats.peft.form import Form, Part, Seat, Tensors, agree
+from deltatune.formats.peft.form import Form, Seat, agree
 from deltatune.formats.peft.names import patterns, plain
 from deltatune.methods.addition.trainable_tokens import TrainableTokens
 from deltatune.methods.combine.per_expert import PerExpert

@@ -4,33 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import nn
-
-from deltatune.core.site import Anatomy
-from deltatune.core.where import select
-
-
-def where_of(model: nn.Module, anatomy: Anatomy, paths: list[str], side: str) -> str:
-    """Return a `path:` where that finds exactly these modules, with `*` for the numbers in them if that finds no other."""
-    end = ":in" if side == "in" else ""
-    starred = [".".join("*" if piece.isdigit() else piece for piece in path.split(".")) for path in paths]
-    short = _where(starred) + end
-    found = {site.path for site in select(model, short, anatomy)}
-    return short if found == set(paths) else _where(paths) + end
-
-
-def _where(paths: Iterable[str]) -> str:
-    inside: dict[str, list[str]] = {}
-    for path in dict.fromkeys(paths):
-        parent, _, name = path.rpartition(".")
-        inside.setdefault(parent, []).append(name)
-    return "path:" + _set([f"{parent}.{_set(names)}" if parent else _set(names) for parent, names in inside.items()])
-
-
-def _set(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{{{','.join(names)}}}"
 
 
 def targets(model: nn.Module, wanted: set[str], loose: bool = False) -> list[str] | str:

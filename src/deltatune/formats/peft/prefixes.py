@@ -18,8 +18,9 @@ from deltatune.core.delta import Delta
 from deltatune.core.method import Method
 from deltatune.core.site import Heads, Stack, anatomy
 from deltatune.errors import DeltaTuneError
+from deltatune.formats.disk import Tensors
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Seat, Tensors
+from deltatune.formats.peft.form import Seat
 from deltatune.formats.peft.prompts import KEY, Prompt, sizes, stack_of
 from deltatune.methods.addition.cartridge import Cartridge
 from deltatune.methods.addition.llama_adapter import LLaMAAdapter

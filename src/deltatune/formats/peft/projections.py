@@ -10,8 +10,10 @@ from torch import Tensor
 from deltatune.core.method import Method
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
+from deltatune.formats.disk import Tensors
+from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Form, Part, Seat, Tensors, agree
+from deltatune.formats.peft.form import Form, Seat, agree
 from deltatune.formats.peft.names import plain
 from deltatune.formats.peft.table import Table, cut
 from deltatune.methods.reparameterization.pvera import PVeRA

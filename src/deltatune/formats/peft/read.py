@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from deltatune.core.delta import Delta, Term, place
-from deltatune.core.fit import check_tensors
 from deltatune.core.method import Method
 from deltatune.core.site import Anatomy, Site, anatomy
-from deltatune.core.weights import Weights, fingerprint, generate
+from deltatune.core.weights import Weights
 from deltatune.core.where import select
 from deltatune.errors import DeltaTuneError, nearest
+from deltatune.formats.disk import Tensors
+from deltatune.formats.parts import Part, assemble
 from deltatune.formats.peft import bases, factors, few, prefixes, projections, rotations, scalings, spectra  # noqa: F401  (their forms)
 from deltatune.formats.peft.config import Config
 from deltatune.formats.peft.folder import read_folder
-from deltatune.formats.peft.form import Form, Part, Tensors
-from deltatune.formats.peft.names import where_of
+from deltatune.formats.peft.form import Form
 from deltatune.formats.peft.prompts import Prompt, read_prompt
 from deltatune.formats.peft.values import bias_trap, read_values
 from deltatune.methods.addition.trainable_tokens import TrainableTokens
@@ -130,31 +129,3 @@ def _once(model: nn.Module, parts: list[Part]) -> list[Part]:
             kept.append(part)
         seen.add(key)
     return kept
-
-
-def assemble(model: nn.Module, anatomy: Anatomy, parts: Sequence[Part], seed: int = 0) -> Weights:
-    """Return weights with one term for each method, side and group, in the order in which they come.
-
-    Leaves that are stored and not in a file are computed from the model, as a fresh delta's are.
-    """
-    groups: dict[tuple[Method, str, str], list[Part]] = {}
-    for part in parts:
-        groups.setdefault((part.method, part.side, part.group), []).append(part)
-    wheres = [where_of(model, anatomy, [part.path for part in own], side) for (_, side, _), own in groups.items()]
-    delta = Delta(tuple(Term(where, method) for where, (method, _, _) in zip(wheres, groups, strict=True)))
-    placements = place(model, delta)
-    leaves = {(p.term, leaf): declared for p in placements for leaf, declared in p.leaves.items()}
-    tensors, fixed = {}, {}
-    for index, own in enumerate(groups.values()):
-        for part in own:
-            for leaf, tensor in part.leaves.items():
-                declared = leaves.get((index, leaf.rpartition(".")[2]))
-                shared = declared is not None and declared.scope == "delta"
-                name = f"{index}.*.{leaf}" if shared else part.name(index, leaf)
-                (fixed if declared is not None and not declared.trained else tensors)[name] = tensor.contiguous()
-    stored = {p.name(leaf) for p in placements for leaf, declared in p.leaves.items() if declared.kind == "stored"}
-    if stored - fixed.keys():
-        fixed = generate(model, placements, seed, "stored", {}) | fixed
-    weights = Weights(delta, tensors, fingerprint(model), seed, fixed=fixed)
-    check_tensors(weights, placements)
-    return weights

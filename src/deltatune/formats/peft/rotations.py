@@ -11,8 +11,10 @@ from torch import Tensor
 
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
+from deltatune.formats.disk import Tensors
+from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Form, Part, Seat, Tensors, agree
+from deltatune.formats.peft.form import Form, Seat, agree
 from deltatune.methods._rotate import skew
 from deltatune.methods.reparameterization.boft import BOFT
 from deltatune.methods.reparameterization.hra import HRA

@@ -13,8 +13,10 @@ from torch import Generator, Tensor
 
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
+from deltatune.formats.disk import Tensors
+from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Form, Part, Seat, Tensors
+from deltatune.formats.peft.form import Form, Seat
 from deltatune.formats.peft.names import patterns, plain
 from deltatune.methods.reparameterization.fourierft import FourierFT
 from deltatune.methods.reparameterization.waveft import WaveFT

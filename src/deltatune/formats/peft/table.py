@@ -12,8 +12,10 @@ from deltatune.core.leaf import Given
 from deltatune.core.method import Method
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
+from deltatune.formats.disk import Tensors
+from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Form, Part, Seat, Tensors
+from deltatune.formats.peft.form import Form, Seat
 
 Map = Callable[[Tensor], Tensor]
 

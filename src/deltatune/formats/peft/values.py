@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import DeltaTuneError, nearest
+from deltatune.formats.disk import Tensors
+from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Part, Seat, Tensors
+from deltatune.formats.peft.form import Seat
 from deltatune.formats.peft.names import targets
 from deltatune.methods.specification.bitfit import BitFit
 from deltatune.methods.specification.full import Full

@@ -11,8 +11,9 @@ from deltatune.core.delta import Placement, place
 from deltatune.core.fit import check_backbone, check_tensors
 from deltatune.core.weights import Weights, completed, fingerprint
 from deltatune.errors import DeltaTuneError
+from deltatune.formats.disk import Tensors
 from deltatune.formats.peft.folder import write_folder
-from deltatune.formats.peft.form import Form, Seat, Tensors
+from deltatune.formats.peft.form import Form, Seat
 from deltatune.formats.peft.names import targets
 from deltatune.formats.peft.prompts import Prompt, is_prompt, write_prompt
 from deltatune.formats.peft.read import PREFIX, ROOT
