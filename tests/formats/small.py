@@ -41,7 +41,15 @@ def t5() -> nn.Module:
     """T5ForConditionalGeneration: two stacks, norms before the sub-layers, position biases."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 32, "dropout_rate": 0.0}
+    sizes = {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "vocab_size": 32,
+        "dropout_rate": 0.0,
+    }
     return filled(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)))
 
 

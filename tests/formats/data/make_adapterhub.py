@@ -34,7 +34,8 @@ CASES: dict[str, tuple[str, Any]] = {
     "bert-mam": (
         "bert",
         adapters.ConfigUnion(
-            adapters.PrefixTuningConfig(prefix_length=2, flat=True), adapters.ParBnConfig(reduction_factor=8, scaling=2.0)
+            adapters.PrefixTuningConfig(prefix_length=2, flat=True),
+            adapters.ParBnConfig(reduction_factor=8, scaling=2.0),
         ),
     ),
     "llama-houlsby": ("llama", adapters.DoubleSeqBnConfig(**BN)),

@@ -9,7 +9,6 @@ are places of it: `houlsby()`, `pfeiffer()`, `adapterdrop()`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +19,9 @@ from deltatune.core.delta import Delta
 from deltatune.core.leaf import Init, Leaf, Normal, Zeros
 from deltatune.core.method import OnStream
 from deltatune.core.site import Site
-from deltatune.errors import DeltaTuneError, nearest
+from deltatune.errors import DeltaTuneError
+from deltatune.methods._activations import ACTIVATIONS, check_activation
 from deltatune.methods._low_rank import affine
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "tanh": F.tanh,
-    "identity": lambda h: h,
-}
 
 
 @dataclass(frozen=True)
@@ -47,10 +39,7 @@ class Adapter(OnStream):
     def __post_init__(self) -> None:
         if self.size < 1:
             raise DeltaTuneError(f"Adapter(size={self.size}) has no bottleneck; write a size of at least 1.")
-        if self.activation not in ACTIVATIONS:
-            raise DeltaTuneError(
-                f"there is no activation {self.activation!r}.{nearest(self.activation, ACTIVATIONS)} Known: {', '.join(ACTIVATIONS)}."
-            )
+        check_activation(self.activation)
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         d, m = site.width, self.size

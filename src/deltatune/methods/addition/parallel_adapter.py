@@ -9,7 +9,6 @@ size (d_in + d_out + 1) + d_out a site, and 1 for a trained scale. `mam()` puts 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +19,8 @@ from deltatune.core.delta import Delta, parse
 from deltatune.core.leaf import Init, KaimingUniform, Leaf
 from deltatune.core.method import OnBranch
 from deltatune.core.site import Site
-from deltatune.errors import DeltaTuneError, nearest
+from deltatune.methods._activations import ACTIVATIONS, check_activation
 from deltatune.methods._sizes import check_least
-
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": F.tanh}
 
 
 @dataclass(frozen=True)
@@ -39,10 +36,7 @@ class ParallelAdapter(OnBranch):
 
     def __post_init__(self) -> None:
         check_least(self, size=self.size)
-        if self.activation not in FUNCTIONS:
-            raise DeltaTuneError(
-                f"there is no activation {self.activation!r}.{nearest(self.activation, FUNCTIONS)} Known: {', '.join(FUNCTIONS)}."
-            )
+        check_activation(self.activation)
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
         m = self.size
@@ -52,7 +46,7 @@ class ParallelAdapter(OnBranch):
 
     def output(self, p: Any, x: Tensor, y: Tensor) -> Tensor:
         scale = vars(p).get("scale", self.scale)
-        return y + scale * F.linear(FUNCTIONS[self.activation](F.linear(x.to(y.dtype), p.D, p.d)), p.U, p.u)
+        return y + scale * F.linear(ACTIVATIONS[self.activation](F.linear(x.to(y.dtype), p.D, p.d)), p.U, p.u)
 
 
 def mam(length: int = 30, size: int = 512, scale: float = 4.0) -> Delta:
