@@ -21,8 +21,8 @@ from deltatune.formats.disk import Tensors
 class Part:
     """A method at one module, and its leaves by what stands behind the module's path in their names.
 
-    A part with a `role` is at the place of that role; others are at modules by their path. Parts that share leaves and do
-    not agree on them have another `group`.
+    A part with a `role` is at the place of that role, one with a `where` stands for all that it finds; others are at modules
+    by their path. Parts that share leaves and do not agree on them have another `group`.
     """
 
     path: str
@@ -31,6 +31,7 @@ class Part:
     side: Literal["in", "out"] = "out"
     group: str = ""
     role: str = ""
+    where: str = ""
 
     def name(self, term: int, leaf: str) -> str:
         """Return the name of a leaf in the weights."""
@@ -42,10 +43,13 @@ def assemble(model: nn.Module, anatomy: Anatomy, parts: Sequence[Part], seed: in
 
     Leaves that are stored and not in a file are computed from the model, as a fresh delta's are.
     """
-    groups: dict[tuple[Method, str, str, str], list[Part]] = {}
+    groups: dict[tuple[Method, str, str, str, str], list[Part]] = {}
     for part in parts:
-        groups.setdefault((part.method, part.side, part.group, part.role), []).append(part)
-    wheres = [where_of(model, anatomy, [p.path for p in own], side, role) for (_, side, _, role), own in groups.items()]
+        groups.setdefault((part.method, part.side, part.group, part.role, part.where), []).append(part)
+    wheres = [
+        where or where_of(model, anatomy, [part.path for part in own], side, role)
+        for (_, side, _, role, where), own in groups.items()
+    ]
     delta = Delta(tuple(Term(where, key[0]) for where, key in zip(wheres, groups, strict=True)))
     placements = place(model, delta)
     at = {(p.term, p.site.path, p.site.tensor or ""): p for p in placements}

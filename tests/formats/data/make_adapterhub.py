@@ -26,7 +26,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "bert-plus": ("bert", adapters.AdapterPlusConfig(**BN, stochastic_depth=0.0)),
     "bert-compacter": ("bert", adapters.CompacterConfig(reduction_factor=4)),
     "bert-lora": ("bert", adapters.LoRAConfig(r=2, alpha=6, intermediate_lora=True)),
-    "bert-dora": ("bert", adapters.DoRAConfig(r=2, alpha=2)),
+    "llama-dora": ("llama", adapters.DoRAConfig(r=2, alpha=2)),
     "bert-ia3": ("bert", adapters.IA3Config()),
     "bert-prefix": ("bert", adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=5)),
     "bert-flat": ("bert", adapters.PrefixTuningConfig(prefix_length=3, flat=True)),
@@ -40,13 +40,13 @@ CASES: dict[str, tuple[str, Any]] = {
     ),
     "llama-houlsby": ("llama", adapters.DoubleSeqBnConfig(**BN)),
     "llama-pfeiffer": ("llama", adapters.SeqBnConfig(**BN)),
+    "llama-invertible": ("llama", adapters.SeqBnInvConfig(**BN)),
     "llama-lora": ("llama", adapters.LoRAConfig(r=2, alpha=6, attn_matrices=["q", "k", "v"])),
-    "llama-noreft": ("llama", adapters.NoReftConfig(r=2, prefix_positions=1, suffix_positions=2, tied_weights=True)),
+    "llama-noreft": ("llama", adapters.NoReftConfig(r=2, prefix_positions=2, tied_weights=True)),
     "t5-houlsby": ("t5", adapters.DoubleSeqBnConfig(**BN, cross_adapter=True)),
     "t5-pfeiffer": ("t5", adapters.SeqBnConfig(**BN)),
     "t5-lora": ("t5", adapters.LoRAConfig(r=2, alpha=6)),
     "t5-ia3": ("t5", adapters.IA3Config()),
-    "t5-prefix": ("t5", adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=4)),
 }
 
 
@@ -61,7 +61,10 @@ def make(name: str, build: str, config: Any) -> None:
     before = scores(model)
     for key, tensor in model.named_parameters():
         if ".foo." in key or "shared_parameters" in key:
-            tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
+            noise = 0.2 * torch.randn(tensor.shape, generator=generator)
+            if key.endswith(".original"):
+                noise.fill_diagonal_(0)  # which holds signs, as whole numbers, and is not trained
+            tensor.add_(noise)
     model.eval()
     found = scores(model)
     assert (found - before).abs().max() > 1e-2, name
