@@ -49,6 +49,7 @@ _HOMES = {
     "core.trace": ("Trace", "trace"),
     "core.flatten": ("flatten",),
     "backbones.keys_values": ("keys_values",),
+    "formats.adapterhub": ("read_adapterhub", "write_adapterhub"),
     "formats.peft": ("read_peft", "write_peft"),
     "tuning.structure": ("Structure", "search_structure"),
     "core.weights": ("Fingerprint", "Weights", "fingerprint", "init"),

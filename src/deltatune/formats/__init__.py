@@ -9,11 +9,18 @@ from torch import nn
 from deltatune.core.store import FORMATS, Format, read
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError, nearest
+from deltatune.formats.adapterhub import is_adapterhub, read_adapterhub, write_adapterhub
 from deltatune.formats.peft import is_peft, read_peft, write_peft
 
 __all__ = ["known", "read", "write"]
 
 FORMATS |= {
+    "adapterhub": Format(
+        "adapter_config.json and adapter.safetensors of the library adapters",
+        is_adapterhub,
+        read_adapterhub,
+        write_adapterhub,
+    ),
     "peft": Format("adapter_config.json and adapter_model.safetensors of peft", is_peft, read_peft, write_peft),
 }
 

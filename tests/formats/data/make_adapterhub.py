@@ -25,6 +25,10 @@ CASES: dict[str, tuple[str, Any]] = {
     "bert-parallel": ("bert", adapters.ParBnConfig(**BN)),
     "bert-plus": ("bert", adapters.AdapterPlusConfig(**BN, stochastic_depth=0.0)),
     "bert-compacter": ("bert", adapters.CompacterConfig(reduction_factor=4)),
+    "bert-phm": (
+        "bert",
+        adapters.CompacterPlusPlusConfig(reduction_factor=2, non_linearity="gelu_new", original_ln_before=False),
+    ),
     "bert-lora": ("bert", adapters.LoRAConfig(r=2, alpha=6, intermediate_lora=True)),
     "llama-dora": ("llama", adapters.DoRAConfig(r=2, alpha=2)),
     "bert-ia3": ("bert", adapters.IA3Config()),

@@ -64,12 +64,15 @@ def _read(model: nn.Module, parts: Anatomy, folder: Folder, config: dict[str, An
     for name, what in REFUSED.items():
         if config.get(name):
             raise folder.refuse(f"says {name}={config[name]!r}, {what}, which deltatune has no method for")
-    leaves = _matrices(folder, config, spot, held)
-    act, size = activation(folder, config), leaves["D"].shape[0]
+    act, scaling = activation(folder, config), config.get("scaling", 1.0)
     if config.get("is_parallel"):
         if spot.norm is None:
             raise folder.refuse(f"is parallel; in {parts.family} it reads what goes into a norm, and no place is there")
-        return Part(spot.sublayer, ParallelAdapter(size, 1.0, act), leaves, role=spot.kind)
+        scale = float(scaling) if isinstance(scaling, int | float) else 1.0
+        leaves = _matrices(folder, config | {"scaling": 1.0}, spot, held)
+        return Part(spot.sublayer, ParallelAdapter(leaves["D"].shape[0], scale, act), leaves, role=spot.kind)
+    leaves = _matrices(folder, config, spot, held)
+    size = leaves["D"].shape[0]
     before, after = bool(config.get("original_ln_before")), bool(config.get("original_ln_after", True))
     residual = config.get("residual_before_ln", True)
     if not before and after:

@@ -40,7 +40,9 @@ def read_adapterhub(model: nn.Module, folder: Path | str, check: bool = True) ->
     _check(found)
     kinds = split(found)
     kinds.pop("shared_parameters", None)
-    read = [part for kind, held in kinds.items() for part in KINDS[kind](model, parts, found, held)]
+    read = [
+        part for kind, reader in KINDS.items() if kind in kinds for part in reader(model, parts, found, kinds[kind])
+    ]
     if not read:
         raise DeltaTuneError(f"the file beside {found.source} holds no tensors of {found.name!r}.")
     return assemble(model, parts, read)

@@ -41,7 +41,8 @@ def _check_peft(config: Any, path: Path) -> None:
         return
     if "model_class" in config or str(config.get("version", "")).startswith("adapters."):
         raise DeltaTuneError(
-            f"{path} was written by the library `adapters`, which calls its file the same; this reads the folders of peft."
+            f"{path} was written by the library `adapters`, which calls its file the same; dt.load reads it, and so does "
+            "read_adapterhub."
         )
     raise DeltaTuneError(
         f"{path} has no 'peft_type', so peft did not write it; it has {', '.join(sorted(config)[:5])}."
