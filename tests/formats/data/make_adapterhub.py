@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import adapters
+import adapters  # type: ignore[import-not-found]
 import torch
 from safetensors.torch import save_file
 

@@ -158,7 +158,7 @@ def _reft(folder: Folder, config: dict[str, Any], path: str, held: Tensors) -> t
 def orthogonal_of(original: Tensor, base: Tensor) -> Tensor:
     """Return the matrix that torch's parametrization makes of its two tensors; refuses one whose rows are not orthonormal."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        linear = nn.utils.parametrizations.orthogonal(nn.Linear(original.shape[1], original.shape[0], bias=False))
+        linear: Any = nn.utils.parametrizations.orthogonal(nn.Linear(original.shape[1], original.shape[0], bias=False))
         linear.load_state_dict({"parametrizations.weight.original": original, "parametrizations.weight.0.base": base})
         R = linear.weight.detach().clone()
     if not torch.allclose(R @ R.mT, torch.eye(len(R)), atol=1e-4):

@@ -122,7 +122,7 @@ def write_prefixes(target: Target, seats: Sequence[Seat]) -> list[Written]:
     if stacks[0].positions in ELSEWHERE:
         raise DeltaTuneError(f"prefixes are not written for a {target.parts.family}: {ELSEWHERE[stacks[0].positions]}.")
     method = one(seats, "prefix")
-    inner = method.inner if isinstance(method, Reparam) else method
+    inner: Any = method.inner if isinstance(method, Reparam) else method
     locations = TWO_STACKS if len(stacks) > 1 else ONE_STACK
     tensors: Tensors = {}
     used = {numbers[seat.site.stack, seat.site.layer] for seat in seats}
@@ -139,7 +139,8 @@ def write_prefixes(target: Target, seats: Sequence[Seat]) -> list[Written]:
         tensors |= {key + name: tensor for name, tensor in _prefix(method, [seat.leaves for seat in own]).items()}
     sizes = {"prefix_length": inner.length, "leave_out": sorted(set(numbers.values()) - used)}
     if isinstance(method, Reparam):
-        sizes |= {"flat": False, "bottleneck_size": method.through.hidden}
+        through: Any = method.through
+        sizes |= {"flat": False, "bottleneck_size": through.hidden}
     return [(PREFIX | sizes, tensors)]
 
 
@@ -208,7 +209,7 @@ def _unit(seat: Seat) -> Tensors:
 def parametrized(R: Tensor) -> Tensors:
     """Return the two tensors of which torch's parametrization makes R, whose rows are orthonormal."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        linear = nn.utils.parametrizations.orthogonal(nn.Linear(R.shape[1], R.shape[0], bias=False))
+        linear: Any = nn.utils.parametrizations.orthogonal(nn.Linear(R.shape[1], R.shape[0], bias=False))
         linear.weight = R
         state = linear.state_dict()
     return {name.removeprefix("parametrizations.weight."): tensor.clone() for name, tensor in state.items()}

@@ -102,7 +102,7 @@ def write_experts(seats: Sequence[Seat]) -> Tensors:
     tensors: Tensors = {}
     for path, own in modules.items():
         order = list(own[0].own)
-        for depth, seat in enumerate(sorted(own, key=lambda seat: -order.index(seat.site.tensor))):
+        for depth, seat in enumerate(sorted(own, key=lambda seat: -order.index(seat.site.tensor or ""))):
             A, B = seat.leaves["A"], seat.leaves["B"]
             pair = (A.flatten(0, 1), B.permute(1, 2, 0).flatten(1))
             tensors |= {f"{path}{LEVEL * depth}.{suffix}": t for suffix, t in zip(PAIR, pair, strict=True)}

@@ -24,7 +24,7 @@ class Seat:
     method: Any
     site: Site
     leaves: Tensors
-    own: Tensors
+    own: Mapping[str, Tensor]
     seed: int = 0
 
     @property
