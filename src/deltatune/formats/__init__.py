@@ -10,6 +10,7 @@ from deltatune.core.store import FORMATS, Format, read
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError, nearest
 from deltatune.formats.adapterhub import is_adapterhub, read_adapterhub, write_adapterhub
+from deltatune.formats.opendelta import is_opendelta, read_opendelta
 from deltatune.formats.peft import is_peft, read_peft, write_peft
 
 __all__ = ["known", "read", "write"]
@@ -20,6 +21,9 @@ FORMATS |= {
         is_adapterhub,
         read_adapterhub,
         write_adapterhub,
+    ),
+    "opendelta": Format(
+        "config.json with a delta_type and pytorch_model.bin of OpenDelta", is_opendelta, read_opendelta
     ),
     "peft": Format("adapter_config.json and adapter_model.safetensors of peft", is_peft, read_peft, write_peft),
 }

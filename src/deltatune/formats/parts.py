@@ -14,6 +14,7 @@ from deltatune.core.method import Method
 from deltatune.core.site import Anatomy
 from deltatune.core.weights import Weights, fingerprint, generate
 from deltatune.core.where import select
+from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
 
 
@@ -53,12 +54,15 @@ def assemble(model: nn.Module, anatomy: Anatomy, parts: Sequence[Part], seed: in
     delta = Delta(tuple(Term(where, key[0]) for where, key in zip(wheres, groups, strict=True)))
     placements = place(model, delta)
     at = {(p.term, p.site.path, p.site.tensor or ""): p for p in placements}
+    shared = {p.name(leaf) for p in placements for leaf, declared in p.leaves.items() if declared.scope == "delta"}
     tensors: Tensors = {}
     fixed: Tensors = {}
     for index, own in enumerate(groups.values()):
         for part in own:
             for leaf, tensor in part.leaves.items():
                 name, trained = _declared(at, index, part, leaf)
+                if name in tensors and name not in shared:
+                    raise DeltaTuneError(f"the file holds {part.method} at {part.path!r} twice.")
                 (tensors if trained else fixed)[name] = tensor.contiguous()
     stored = {p.name(leaf) for p in placements for leaf, declared in p.leaves.items() if declared.kind == "stored"}
     if stored - fixed.keys():

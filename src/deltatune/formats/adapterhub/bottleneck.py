@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from deltatune.core.site import Anatomy
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.adapterhub.folder import Folder
-from deltatune.formats.adapterhub.places import BEHIND, FLAGS, LAST, Spot, resolve, spot_of
+from deltatune.formats.adapterhub.places import BEHIND, FLAGS, LAST, Spot, spot_of
 from deltatune.formats.disk import Tensors
 from deltatune.formats.parts import Part
+from deltatune.formats.paths import resolve
 from deltatune.methods.addition.adapter import Adapter
 from deltatune.methods.addition.add_norm_adapter import AddNormAdapter
 from deltatune.methods.addition.compacter import Compacter

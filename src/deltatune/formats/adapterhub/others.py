@@ -11,9 +11,10 @@ from deltatune.core.method import Method
 from deltatune.core.site import Anatomy, Place
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.adapterhub.folder import Folder
-from deltatune.formats.adapterhub.places import layer_number, resolve
+from deltatune.formats.adapterhub.places import layer_number
 from deltatune.formats.disk import Tensors
 from deltatune.formats.parts import Part
+from deltatune.formats.paths import resolve
 from deltatune.methods.addition.direft import DiReFT
 from deltatune.methods.addition.ia3 import IA3
 from deltatune.methods.addition.loreft import LoReFT

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from deltatune.core.site import Anatomy, Place
-from deltatune.errors import DeltaTuneError, nearest
+from deltatune.errors import DeltaTuneError
+from deltatune.formats.paths import resolve
 
 LAYERS = {"attention_adapters": "attn", "cross_attention_adapters": "cross", "output_adapters": "ffn"}
 LAST = {"attn": "attn.o", "cross": "cross.o", "ffn": "ffn.down"}  # the layer that ends a sub-layer
@@ -32,18 +33,6 @@ class Spot:
     sublayer: str
     last: str
     norm: str | None
-
-
-def resolve(model: nn.Module, path: str) -> str:
-    """Return a path of the library as one of this model, which may have a head around it or none."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    prefix = getattr(model, "base_model_prefix", "")
-    for candidate in (path, f"{prefix}.{path}", path.removeprefix(f"{prefix}.")):
-        if candidate in modules:
-            return candidate
-    raise DeltaTuneError(
-        f"the file names the module {path!r}, which this {type(model).__name__} does not have.{nearest(path, modules)}"
-    )
 
 
 def check_family(parts: Anatomy) -> None:

@@ -67,7 +67,7 @@ class PrefixForm(Prompt):
 
     def stack(self, model: nn.Module) -> tuple[Stack, Heads]:
         """Return the stack that peft's prefixes act on, and its heads."""
-        stack, family = stack_of(model, self.type, prefix=True), anatomy(model).family
+        stack, family = stack_of(model, f"peft's {self.type}", prefix=True), anatomy(model).family
         if family not in HALVES or stack.heads is None:
             raise DeltaTuneError(
                 f"how {family} turns its keys is not known well enough to turn those of a prefix of peft."

@@ -85,16 +85,16 @@ def is_prompt(method: Method) -> bool:
 
 
 def stack_of(model: nn.Module, kind: str, prefix: bool = False) -> Stack:
-    """Return the stack that peft's prompts act on; raises `DeltaTuneError` where theirs are another function than ours."""
+    """Return the stack that prompts which move the text act on; raises `DeltaTuneError` where they are another function than ours."""
     parts = anatomy(model)
     stacks = list(parts.stacks)
     if not stacks:
-        raise DeltaTuneError(f"the stacks of {parts.family} are not known, so no {kind} of peft can be placed in it.")
+        raise DeltaTuneError(f"the stacks of {parts.family} are not known, so no {kind} can be placed in it.")
     rotary = len(stacks) == 1 and stacks[0].causal and stacks[0].positions == "rotary"
     if rotary or (not prefix and len(stacks) == 2 and stacks[0].positions == "bias"):
         return stacks[0]
     raise DeltaTuneError(
-        f"peft's {kind} moves the positions of the text in {parts.family}, and deltatune's does not: on its "
+        f"{kind} moves the positions of the text in {parts.family}, and deltatune's does not: on its "
         f"{'two stacks' if len(stacks) > 1 else stacks[0].positions + ' positions'} they are different functions. "
         "Train it with deltatune."
     )
@@ -119,7 +119,7 @@ class PromptTuningForm(Prompt):
 
     def length(self, model: nn.Module, config: Config, E: Tensor) -> int:
         """Return the number of tokens; on an encoder-decoder peft has rows that it never uses behind them."""
-        stack = stack_of(model, self.type)
+        stack = stack_of(model, f"peft's {self.type}")
         n = config.whole("num_virtual_tokens", E.shape[0])
         if E.shape not in ((n, stack.width), (2 * n, stack.width)):
             raise DeltaTuneError(
@@ -129,11 +129,11 @@ class PromptTuningForm(Prompt):
 
     def write(self, model: nn.Module, seats: Sequence[Seat]) -> tuple[dict[str, Any], Tensors]:
         E = self.embeddings(model, seats)
-        return {**sizes(stack_of(model, self.type), len(E)), "prompt_tuning_init": "RANDOM"}, {KEY: E}
+        return {**sizes(stack_of(model, f"peft's {self.type}"), len(E)), "prompt_tuning_init": "RANDOM"}, {KEY: E}
 
     def embeddings(self, model: nn.Module, seats: Sequence[Seat]) -> Tensor:
         """Return the embeddings that stand in front of the text."""
-        stack, seat = stack_of(model, self.type), seats[0]
+        stack, seat = stack_of(model, f"peft's {self.type}"), seats[0]
         if seat.site.path != stack.embed or len(seats) > 1:
             raise DeltaTuneError(
                 f"peft has prompts at the input of the first stack; this delta has {seat.method} at {seat.site.path!r}."

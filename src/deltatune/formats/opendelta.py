@@ -1,0 +1,196 @@
+"""OpenDelta's folders, read: `config.json` and `pytorch_model.bin`, a state dict of what it trained, by the backbone's own names.
+
+X.lora.lora_A, lora_B                                   `LoRA` at X (a second one: X.lora_1)
+X.adapter.modulelist.down_proj, up_proj                 `Adapter` behind X
+X.parallel_adapter.modulelist...                        `ParallelAdapter` beside a feed-forward, from X on
+X.compactor.down_sampler.phm_rule, W_left, W_right, b   `Adapter` behind X, multiplied out: each matrix has a rule of its own
+X.low_rank_adapter.down_sampler.W_left, W_right, b      `LowRankAdapter` behind X
+X.bias, X.bitfit.bias                                   `BitFit` at X, of the difference to the model's own bias
+encoder.soft_prompt_layer.soft_embeds                   `PromptTuning`, where a prompt does not move the text
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.core.site import Anatomy, anatomy
+from deltatune.core.weights import Weights
+from deltatune.errors import DeltaTuneError
+from deltatune.files import read_json
+from deltatune.formats.disk import Tensors, read_tensors_of_pickle, state_dict
+from deltatune.formats.parts import Part, assemble
+from deltatune.formats.paths import resolve, role_at
+from deltatune.formats.peft.prompts import stack_of
+from deltatune.methods.addition.adapter import Adapter
+from deltatune.methods.addition.low_rank_adapter import LowRankAdapter
+from deltatune.methods.addition.parallel_adapter import ParallelAdapter
+from deltatune.methods.addition.prompt_tuning import PromptTuning
+from deltatune.methods.reparameterization.lora import LoRA
+from deltatune.methods.specification.bitfit import BitFit
+
+CONFIG, TENSORS = "config.json", "pytorch_model.bin"
+NAMED = re.compile(
+    r"(?:(?P<path>.+?)\.)?(?P<kind>lora|adapter|parallel_adapter|compactor|low_rank_adapter|bitfit|reparams|soft_prompt_layer)"
+    r"(?:_(?P<again>\d+))?\.(?P<rest>.+)"
+)
+ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "silu": "silu", "tanh": "tanh"}
+Config = Mapping[str, Any]
+
+
+def is_opendelta(path: Path) -> bool:
+    """Whether a path is a folder of OpenDelta."""
+    if not (path / CONFIG).is_file():
+        return False
+    try:
+        config = read_json(path / CONFIG)
+    except DeltaTuneError:
+        return False
+    return isinstance(config, dict) and "delta_type" in config
+
+
+def read_opendelta(model: nn.Module, folder: Path | str, check: bool = True) -> Weights:
+    """Read a folder of OpenDelta as weights for `model`; raises `DeltaTuneError` for what deltatune cannot compute in the same way."""
+    folder = Path(folder)
+    if not is_opendelta(folder):
+        raise DeltaTuneError(f"{folder} is not a folder of OpenDelta: it has no {CONFIG} with a delta_type in it.")
+    config, parts = read_json(folder / CONFIG), anatomy(model)
+    if not (folder / TENSORS).is_file():
+        raise DeltaTuneError(f"there is no {TENSORS} in {folder}, beside its {CONFIG}.")
+    tensors = state_dict(read_tensors_of_pickle(folder / TENSORS), folder / TENSORS)
+    found: dict[tuple[str, str, int], Tensors] = {}
+    read = []
+    for key, tensor in tensors.items():
+        named = NAMED.fullmatch(key)
+        if named is None:
+            read.append(_bias(model, key, tensor))
+        else:
+            place = (named["kind"], named["path"] or "", int(named["again"] or 0))
+            found.setdefault(place, {})[named["rest"]] = tensor
+    for (kind, path, again), held in found.items():
+        try:
+            read += [replace(p, group=str(again or "")) for p in KINDS[kind](model, parts, config, path, held)]
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise DeltaTuneError(f"the {kind} at {path!r} in {folder / TENSORS} is not whole: {error}.") from None
+    if not read:
+        raise DeltaTuneError(f"{folder / TENSORS} holds no tensors.")
+    return assemble(model, parts, read)
+
+
+def _activation(config: Config) -> str:
+    name = str(config.get("non_linearity", "gelu_new")).lower()
+    if name not in ACTIVATIONS:
+        raise DeltaTuneError(f"OpenDelta's config has the activation {name!r}; known are {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
+
+
+def _lora(model: nn.Module, parts: Anatomy, config: Config, path: str, held: Tensors) -> list[Part]:
+    rank, alpha = config.get("lora_r", 8), config.get("lora_alpha", 16)
+    if not isinstance(alpha, int | float) or held["lora_A"].shape[0] != rank:
+        raise DeltaTuneError(
+            f"OpenDelta's config says lora_r={rank!r} and lora_alpha={alpha!r}; {path!r} has the rank {held['lora_A'].shape[0]}."
+        )
+    return [Part(resolve(model, path), LoRA(rank, float(alpha)), {"A": held["lora_A"], "B": held["lora_B"]})]
+
+
+def _behind(model: nn.Module, parts: Anatomy, path: str, method: Any, leaves: Tensors) -> list[Part]:
+    """Return a method behind a module, by its role where no linear or norm tells the width."""
+    path = resolve(model, path)
+    return [Part(path, method, leaves, role=role_at(parts, path, "attn", "cross", "ffn", "block"))]
+
+
+def _bottleneck(held: Tensors) -> Tensors:
+    names = {"D": "down_proj.weight", "d": "down_proj.bias", "U": "up_proj.weight", "u": "up_proj.bias"}
+    return {leaf: held[f"modulelist.{name}"] for leaf, name in names.items()}
+
+
+def _adapter(model: nn.Module, parts: Anatomy, config: Config, path: str, held: Tensors) -> list[Part]:
+    leaves = _bottleneck(held)
+    return _behind(model, parts, path, Adapter(len(leaves["d"]), _activation(config)), leaves)
+
+
+def _parallel(model: nn.Module, parts: Anatomy, config: Config, path: str, held: Tensors) -> list[Part]:
+    leaves, path = _bottleneck(held), resolve(model, path)
+    if any(place.path == path and place.role == "ffn.down" for place in parts.places):
+        return []  # the same adapter, where its output is added
+    up = next((place for place in parts.places if place.path == path and place.role == "ffn.up"), None)
+    ffn = [p for p in parts.places if up and (p.role, p.stack, p.layer) == ("ffn", up.stack, up.layer)]
+    if not ffn:
+        raise DeltaTuneError(
+            f"the file has a parallel adapter from {path!r} on, which is the first layer of no feed-forward; deltatune has one "
+            "beside whole sub-layers whose inputs it sees."
+        )
+    method = ParallelAdapter(len(leaves["d"]), float(config.get("scaled", 1.0)), _activation(config))
+    return [Part(ffn[0].path, method, leaves, role="ffn")]
+
+
+def _compacter(model: nn.Module, parts: Anatomy, config: Config, path: str, held: Tensors) -> list[Part]:
+    D, U = (_product(held, side).mT for side in ("down_sampler", "up_sampler"))
+    leaves = {"D": D, "d": _shift(held, "down_sampler", len(D)), "U": U, "u": _shift(held, "up_sampler", len(U))}
+    return _behind(model, parts, path, Adapter(len(D), _activation(config)), leaves)
+
+
+def _product(held: Tensors, side: str) -> Tensor:
+    rule = held[f"{side}.phm_rule"]
+    W = held[f"{side}.W_left"] @ held[f"{side}.W_right"] if f"{side}.W_left" in held else held[f"{side}.W"]
+    if rule.dim() != 3 or W.dim() != 3 or len(rule) != len(W):
+        raise DeltaTuneError(f"{side} has a rule {tuple(rule.shape)} and matrices {tuple(W.shape)}, which do not fit.")
+    return torch.stack([torch.kron(a, b) for a, b in zip(rule.unbind(), W.unbind(), strict=True)]).sum(0)
+
+
+def _shift(held: Tensors, side: str, width: int) -> Tensor:
+    return held.get(f"{side}.b", torch.zeros(width))
+
+
+def _low_rank(model: nn.Module, parts: Anatomy, config: Config, path: str, held: Tensors) -> list[Part]:
+    down, up = ([held[f"{side}.W_{end}"].mT for end in ("left", "right")] for side in ("down_sampler", "up_sampler"))
+    d, u = _shift(held, "down_sampler", len(down[1])), _shift(held, "up_sampler", len(up[1]))
+    if _activation(config) != "gelu_tanh":
+        leaves = {"D": down[1] @ down[0], "d": d, "U": up[1] @ up[0], "u": u}
+        return _behind(model, parts, path, Adapter(len(d), _activation(config)), leaves)
+    leaves = {"D1": down[1], "D2": down[0], "U1": up[1], "U2": up[0], "d": d, "u": u}
+    return _behind(model, parts, path, LowRankAdapter(len(d), len(down[0])), leaves)
+
+
+def _added(model: nn.Module, parts: Anatomy, config: Config, path: str, held: Tensors) -> list[Part]:
+    return [Part(resolve(model, path), BitFit(), {"b": held["bias"]})]
+
+
+def _prefix(model: nn.Module, parts: Anatomy, config: Config, path: str, held: Tensors) -> list[Part]:
+    raise DeltaTuneError(
+        f"the file has a prefix at {path!r}; OpenDelta counts it among the positions of the text, and deltatune does not."
+    )
+
+
+def _prompt(model: nn.Module, parts: Anatomy, config: Config, path: str, held: Tensors) -> list[Part]:
+    stack, P = stack_of(model, "OpenDelta's soft_prompt"), held["soft_embeds"]
+    return [Part(stack.embed or "", PromptTuning(len(P)), {"P": P}, where="input.embed")]
+
+
+def _bias(model: nn.Module, key: str, value: Tensor) -> Part:
+    path, _, name = key.rpartition(".")
+    if name != "bias":
+        raise DeltaTuneError(
+            f"the file holds {key!r}, a parameter of the backbone that OpenDelta trained whole; only biases are read so."
+        )
+    path = resolve(model, path)
+    own: Any = model.get_submodule(path)._parameters.get("bias")
+    return Part(path, BitFit(), {"b": value if own is None else value - own.detach().to("cpu", torch.float32)})
+
+
+KINDS = {
+    "lora": _lora,
+    "adapter": _adapter,
+    "parallel_adapter": _parallel,
+    "compactor": _compacter,
+    "low_rank_adapter": _low_rank,
+    "bitfit": _added,
+    "reparams": _prefix,
+    "soft_prompt_layer": _prompt,
+}
