@@ -10,10 +10,27 @@ from deltatune.core.store import FORMATS, Format, read
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError, nearest
 from deltatune.formats.adapterhub import is_adapterhub, read_adapterhub, write_adapterhub
+from deltatune.formats.litgpt import is_litgpt, read_litgpt
+from deltatune.formats.loralib import is_loralib, read_loralib
 from deltatune.formats.opendelta import is_opendelta, read_opendelta
 from deltatune.formats.peft import is_peft, read_peft, write_peft
+from deltatune.formats.pyreft import is_pyreft, read_pyreft
+from deltatune.formats.torchtune import is_torchtune, read_torchtune
 
-__all__ = ["known", "read", "write"]
+__all__ = [
+    "known",
+    "read",
+    "read_adapterhub",
+    "read_litgpt",
+    "read_loralib",
+    "read_opendelta",
+    "read_peft",
+    "read_pyreft",
+    "read_torchtune",
+    "write",
+    "write_adapterhub",
+    "write_peft",
+]
 
 FORMATS |= {
     "adapterhub": Format(
@@ -22,10 +39,12 @@ FORMATS |= {
         read_adapterhub,
         write_adapterhub,
     ),
-    "opendelta": Format(
-        "config.json with a delta_type and pytorch_model.bin of OpenDelta", is_opendelta, read_opendelta
-    ),
+    "opendelta": Format("config.json and pytorch_model.bin of OpenDelta", is_opendelta, read_opendelta),
+    "pyreft": Format("config.json and one file an intervention of pyreft", is_pyreft, read_pyreft),
+    "litgpt": Format("lit_model.pth.lora and hyperparameters.yaml of litgpt", is_litgpt, read_litgpt),
+    "torchtune": Format("adapter_model.pt and adapter_config.json of torchtune", is_torchtune, read_torchtune),
     "peft": Format("adapter_config.json and adapter_model.safetensors of peft", is_peft, read_peft, write_peft),
+    "loralib": Format("a state dict of loralib, called a LoRA", is_loralib, read_loralib),
 }
 
 

@@ -1,0 +1,81 @@
+"""loralib's state dicts, read: `X.lora_A [r, in]` and `X.lora_B [out, r]` for any module X, in a file of `torch.save` or safetensors.
+
+The file does not hold alpha, so whoever reads it has to say it. A packed module (loralib's MergedLinear, of which GPT-2's
+attention is one) has factors for some of its parts, one after the other: A [r n, in], B [n out / parts, r].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from deltatune.core.site import Anatomy, anatomy
+from deltatune.core.weights import PICKLES, Weights
+from deltatune.errors import DeltaTuneError
+from deltatune.formats.disk import Tensors, read_safetensors, read_tensors_of_pickle, state_dict
+from deltatune.formats.parts import Part, assemble
+from deltatune.formats.paths import resolve
+from deltatune.methods.reparameterization.lora import LoRA
+
+
+def is_loralib(path: Path) -> bool:
+    """Whether a path is a file that is called a LoRA."""
+    return path.is_file() and "lora" in path.name and path.suffix in {*PICKLES, ".safetensors"}
+
+
+def read_loralib(
+    model: nn.Module, path: Path | str, check: bool = True, alpha: float | None = None, enabled: Sequence[str] = ()
+) -> Weights:
+    """Read a state dict of loralib as weights for `model`.
+
+    `alpha` is the lora_alpha that it was trained with, and `enabled` the parts of packed modules that have factors, such
+    as ("q", "v"); all of them when there are as many as parts. Raises `DeltaTuneError` when alpha is not said.
+    """
+    path, parts = Path(path), anatomy(model)
+    if alpha is None:
+        raise DeltaTuneError(
+            f"{path} is a state dict of loralib, which does not say the alpha it was trained with; read it by "
+            "formats.read_loralib(model, path, alpha=...)."
+        )
+    if not path.is_file():
+        raise DeltaTuneError(f"there is no file {path}.")
+    tensors = (
+        read_safetensors(path) if path.suffix == ".safetensors" else state_dict(read_tensors_of_pickle(path), path)
+    )
+    modules: dict[str, Tensors] = {}
+    for key, tensor in tensors.items():
+        module, _, leaf = key.rpartition(".")
+        if leaf in ("lora_A", "lora_B"):
+            modules.setdefault(module, {})[leaf] = tensor
+        elif check:
+            raise DeltaTuneError(
+                f"{path} holds {key!r}, which is no factor of a LoRA; pass check=False to read the factors without it."
+            )
+    read = [part for at, held in modules.items() for part in _parts(model, parts, at, held, alpha, enabled)]
+    if not read:
+        raise DeltaTuneError(f"{path} holds no tensor that is called lora_A or lora_B.")
+    return assemble(model, parts, read)
+
+
+def _parts(
+    model: nn.Module, parts: Anatomy, at: str, held: Tensors, alpha: float, enabled: Sequence[str]
+) -> list[Part]:
+    path = resolve(model, at)
+    if held.keys() != {"lora_A", "lora_B"} or any(t.dim() != 2 for t in held.values()):
+        raise DeltaTuneError(f"the file holds {', '.join(held)} of {path!r}; a LoRA of a layer has two matrices.")
+    A, B = held["lora_A"], held["lora_B"]
+    rank = B.shape[1]
+    packed = [place.role for place in parts.places if place.path == path and place.part is not None]
+    if not packed or (A.shape[0] == rank != 0 and not enabled):
+        return [Part(path, LoRA(rank, float(alpha)), {"A": A, "B": B})]
+    count = A.shape[0] // max(rank, 1)
+    roles = [role for role in packed if not enabled or role.rpartition(".")[2] in enabled]
+    if len(roles) != count or count * rank != A.shape[0] or B.shape[0] % count:
+        raise DeltaTuneError(
+            f"{path!r} packs {', '.join(packed)}, and the file has factors for {count} of them; say which by "
+            'enabled=("q", "v"), in the order of the module.'
+        )
+    pieces = zip(roles, A.chunk(count), B.chunk(count), strict=True)
+    return [Part(path, LoRA(rank, float(alpha)), {"A": a, "B": b}, role=role) for role, a, b in pieces]

@@ -1,0 +1,90 @@
+"""torchtune's adapters, read: `adapter_model.pt`, with rank and alpha in the `adapter_config.json` that it writes beside it.
+
+    layers.0.attn.q_proj.lora_a.weight [r, in]   .lora_b.weight [out, r]   .magnitude [out]   of q_proj, k_proj, v_proj,
+    output_proj of attn, w1 (gate), w2 (down), w3 (up) of mlp, and of output
+
+torchtune turns neighbouring features of a head, and transformers features half a head apart; so rows of B (and of the
+magnitude) of queries and keys are sorted here: feature 2 i + j of a head to i + j width / 2.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltatune.core.site import Anatomy, anatomy
+from deltatune.core.weights import Weights
+from deltatune.errors import DeltaTuneError
+from deltatune.files import read_json
+from deltatune.formats.disk import Tensors, read_tensors_of_pickle, state_dict
+from deltatune.formats.parts import Part, assemble
+from deltatune.formats.paths import place_of
+from deltatune.methods.reparameterization.dora import DoRA
+from deltatune.methods.reparameterization.lora import LoRA
+
+TENSORS, CONFIG = "adapter_model.pt", "adapter_config.json"
+ROLES = {
+    "attn.q_proj": "attn.q", "attn.k_proj": "attn.k", "attn.v_proj": "attn.v", "attn.output_proj": "attn.o",
+    "mlp.w1": "ffn.gate", "mlp.w2": "ffn.down", "mlp.w3": "ffn.up", "output": "head",
+}  # fmt: skip
+TURNED = ("llama", "mistral")  # families whose heads torchtune sorts in another way
+SAME = ("qwen2",)
+NAMED = re.compile(
+    r"(?:layers\.(?P<layer>\d+)\.)?(?P<module>[\w.]+?)\.(?P<leaf>lora_a\.weight|lora_b\.weight|magnitude)"
+)
+
+
+def is_torchtune(path: Path) -> bool:
+    """Whether a path is a folder of torchtune that peft cannot read as its own."""
+    return (path / TENSORS).is_file() and not (path / "adapter_model.safetensors").is_file()
+
+
+def read_torchtune(model: nn.Module, folder: Path | str, check: bool = True) -> Weights:
+    """Read a folder of torchtune as weights for `model`; raises `DeltaTuneError` for families whose heads are not known here."""
+    folder, parts = Path(folder), anatomy(model)
+    if parts.family not in (*TURNED, *SAME):
+        raise DeltaTuneError(f"torchtune's files are read for {', '.join((*TURNED, *SAME))}; this is {parts.family}.")
+    if not (folder / CONFIG).is_file():
+        raise DeltaTuneError(
+            f"there is no {CONFIG} beside {folder / TENSORS}; without its r and lora_alpha the scale is not known."
+        )
+    config = read_json(folder / CONFIG)
+    rank, alpha = (config.get(name) if isinstance(config, dict) else None for name in ("r", "lora_alpha"))
+    if not isinstance(rank, int) or not isinstance(alpha, int | float):
+        raise DeltaTuneError(
+            f"{folder / CONFIG} says r={rank!r} and lora_alpha={alpha!r}, which are no numbers of a LoRA."
+        )
+    modules: dict[tuple[str, int | None], Tensors] = {}
+    for key, tensor in state_dict(read_tensors_of_pickle(folder / TENSORS), folder / TENSORS).items():
+        named = NAMED.fullmatch(key)
+        if named is None or named["module"] not in ROLES:
+            raise DeltaTuneError(f"{folder / TENSORS} holds {key!r}, which is no LoRA of torchtune that is known here.")
+        layer = None if named["layer"] is None else int(named["layer"])
+        modules.setdefault((ROLES[named["module"]], layer), {})[named["leaf"]] = tensor
+    read = [_part(parts, rank, float(alpha), role, layer, held) for (role, layer), held in modules.items()]
+    if not read:
+        raise DeltaTuneError(f"{folder / TENSORS} holds no tensors.")
+    return assemble(model, parts, read)
+
+
+def _part(parts: Anatomy, rank: int, alpha: float, role: str, layer: int | None, held: Tensors) -> Part:
+    path = place_of(parts, role, layer).path
+    if not held.keys() >= {"lora_a.weight", "lora_b.weight"} or held["lora_a.weight"].shape[0] != rank:
+        raise DeltaTuneError(f"the file holds {', '.join(held)} of {path!r}, which is no LoRA of the rank {rank}.")
+    leaves = {"A": held["lora_a.weight"], "B": _sorted(parts, role, held["lora_b.weight"])}
+    if "magnitude" not in held:
+        return Part(path, LoRA(rank, alpha), leaves)
+    return Part(path, DoRA(rank, alpha), leaves | {"m": _sorted(parts, role, held["magnitude"].flatten())})
+
+
+def _sorted(parts: Anatomy, role: str, rows: Tensor) -> Tensor:
+    """Return rows of a query's or key's output in the order of transformers."""
+    heads: Any = parts.stacks[0].heads
+    if role not in ("attn.q", "attn.k") or parts.family in SAME:
+        return rows
+    if rows.shape[0] != (heads.query if role == "attn.q" else heads.key) * heads.width:
+        raise DeltaTuneError(f"the file has {rows.shape[0]} outputs of {role}, and this model has other heads.")
+    return rows.unflatten(0, (-1, heads.width // 2, 2)).transpose(1, 2).flatten(0, 2)
