@@ -19,6 +19,7 @@ from deltatune.core.site import Anatomy, anatomy
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors, read_tensors_of_pickle, state_dict
+from deltatune.formats.guard import reading
 from deltatune.formats.parts import Part, assemble
 from deltatune.formats.paths import place_of
 from deltatune.methods.reparameterization.lora import LoRA
@@ -39,6 +40,7 @@ def is_litgpt(path: Path) -> bool:
     return path.name in (TENSORS, *OTHERS) or any((path / name).is_file() for name in (TENSORS, *OTHERS))
 
 
+@reading("litgpt")
 def read_litgpt(model: nn.Module, path: Path | str, check: bool = True) -> Weights:
     """Read a LoRA of litgpt as weights for `model`; raises `DeltaTuneError` for what deltatune cannot compute in the same way."""
     path = Path(path)

@@ -15,6 +15,7 @@ from deltatune.core.site import Anatomy, anatomy
 from deltatune.core.weights import PICKLES, Weights
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors, read_safetensors, read_tensors_of_pickle, state_dict
+from deltatune.formats.guard import reading
 from deltatune.formats.parts import Part, assemble
 from deltatune.formats.paths import resolve
 from deltatune.methods.reparameterization.lora import LoRA
@@ -25,6 +26,7 @@ def is_loralib(path: Path) -> bool:
     return path.is_file() and "lora" in path.name and path.suffix in {*PICKLES, ".safetensors"}
 
 
+@reading("loralib")
 def read_loralib(
     model: nn.Module, path: Path | str, check: bool = True, alpha: float | None = None, enabled: Sequence[str] = ()
 ) -> Weights:

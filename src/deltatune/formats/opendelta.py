@@ -25,6 +25,7 @@ from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
 from deltatune.files import read_json
 from deltatune.formats.disk import Tensors, read_tensors_of_pickle, state_dict
+from deltatune.formats.guard import reading
 from deltatune.formats.parts import Part, assemble
 from deltatune.formats.paths import resolve, role_at
 from deltatune.formats.peft.prompts import stack_of
@@ -55,6 +56,7 @@ def is_opendelta(path: Path) -> bool:
     return isinstance(config, dict) and "delta_type" in config
 
 
+@reading("OpenDelta")
 def read_opendelta(model: nn.Module, folder: Path | str, check: bool = True) -> Weights:
     """Read a folder of OpenDelta as weights for `model`; raises `DeltaTuneError` for what deltatune cannot compute in the same way."""
     folder = Path(folder)

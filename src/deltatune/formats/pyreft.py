@@ -20,6 +20,7 @@ from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
 from deltatune.files import read_json
 from deltatune.formats.disk import Tensors, read_tensors_of_pickle, state_dict
+from deltatune.formats.guard import reading
 from deltatune.formats.parts import Part, assemble
 from deltatune.formats.paths import place_of
 from deltatune.methods.addition.direft import DiReFT
@@ -36,6 +37,7 @@ def is_pyreft(path: Path) -> bool:
     return path.is_dir() and (path / "config.json").is_file() and any(path.glob("intkey_layer_*.bin"))
 
 
+@reading("pyreft")
 def read_pyreft(model: nn.Module, folder: Path | str, check: bool = True, positions: str | None = None) -> Weights:
     """Read a folder of pyreft as weights for `model`; raises `DeltaTuneError` when the positions are not said."""
     folder, parts = Path(folder), anatomy(model)

@@ -20,6 +20,7 @@ from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
 from deltatune.files import read_json
 from deltatune.formats.disk import Tensors, read_tensors_of_pickle, state_dict
+from deltatune.formats.guard import reading
 from deltatune.formats.parts import Part, assemble
 from deltatune.formats.paths import place_of
 from deltatune.methods.reparameterization.dora import DoRA
@@ -42,6 +43,7 @@ def is_torchtune(path: Path) -> bool:
     return (path / TENSORS).is_file() and not (path / "adapter_model.safetensors").is_file()
 
 
+@reading("torchtune")
 def read_torchtune(model: nn.Module, folder: Path | str, check: bool = True) -> Weights:
     """Read a folder of torchtune as weights for `model`; raises `DeltaTuneError` for families whose heads are not known here."""
     folder, parts = Path(folder), anatomy(model)

@@ -13,6 +13,7 @@ from deltatune.formats.adapterhub.bottleneck import read_bottlenecks, read_inver
 from deltatune.formats.adapterhub.folder import Folder, read_folder, split
 from deltatune.formats.adapterhub.others import read_loras, read_prefixes, read_refts
 from deltatune.formats.adapterhub.places import check_family
+from deltatune.formats.guard import reading
 from deltatune.formats.parts import assemble
 
 KINDS = {
@@ -29,6 +30,7 @@ ELSEWHERE = {
 }
 
 
+@reading("the library adapters")
 def read_adapterhub(model: nn.Module, folder: Path | str, check: bool = True) -> Weights:
     """Read a folder of `adapters` as weights for `model`; raises `DeltaTuneError` for what deltatune cannot compute in the same way.
 

@@ -13,6 +13,7 @@ from deltatune.core.weights import Weights
 from deltatune.core.where import select
 from deltatune.errors import DeltaTuneError, nearest
 from deltatune.formats.disk import Tensors
+from deltatune.formats.guard import reading
 from deltatune.formats.parts import Part, assemble
 from deltatune.formats.peft import bases, factors, few, prefixes, projections, rotations, scalings, spectra  # noqa: F401  (their forms)
 from deltatune.formats.peft.config import Config
@@ -35,6 +36,7 @@ OTHERWISE = {
 }
 
 
+@reading("peft")
 def read_peft(model: nn.Module, folder: Path | str, check: bool = True) -> Weights:
     """Read a folder of peft as weights for `model`; raises `DeltaTuneError` for what deltatune cannot compute in the same way.
 
