@@ -89,8 +89,10 @@ def test_pickles_and_compositions_are_refused(tmp_path):
 
 
 def test_a_folder_for_another_model_or_family_is_refused(tmp_path):
-    with pytest.raises(dt.DeltaTuneError, match="'bert.encoder.layer.0.attention.output', which this T5"):
+    with pytest.raises(dt.DeltaTuneError, match="is for a bert, and this is t5; pass check=False"):
         read_adapterhub(t5(), DATA / "bert-houlsby")
+    with pytest.raises(dt.DeltaTuneError, match="'bert.encoder.layer.0.attention.output', which this T5"):
+        read_adapterhub(t5(), DATA / "bert-houlsby", check=False)
     with pytest.raises(dt.DeltaTuneError, match="in opt is not known here"):
         read_adapterhub(tiny.opt(), DATA / "bert-houlsby")
 

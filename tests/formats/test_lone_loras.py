@@ -81,8 +81,8 @@ def test_torchtune_s_magnitudes_are_those_of_dora(tmp_path):
     torch.save(tensors, tmp_path / "adapter_model.pt")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2}))
     model, reference = llama(), llama()
-    layer = reference.get_submodule("model.layers.1.self_attn.q_proj")
-    V = layer.weight + B @ A
+    layer: Any = reference.get_submodule("model.layers.1.self_attn.q_proj")
+    V = layer.weight.detach() + B @ A
     layer.weight.copy_(m[:, None] * V / V.norm(dim=1, keepdim=True))
     with dt.load(model, tmp_path):
         torch.testing.assert_close(scores(model), scores(reference), **TOLERANCE)

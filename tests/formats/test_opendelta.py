@@ -33,7 +33,7 @@ def noise(*shape: int) -> Tensor:
 
 
 def behind(model: nn.Module, path: str, change: Callable[[Tensor], Tensor]) -> None:
-    model.get_submodule(path).register_forward_hook(lambda m, args, y: y + change(y))
+    model.get_submodule(path).register_forward_hook(lambda m, args, y: y + change(y))  # type: ignore[operator]
 
 
 def tanh_gelu(x: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""Files of other libraries, read as weights of deltatune and written from them. Importing this package lets `dt.load` read them."""
+"""Files of other libraries, read as weights of deltatune and written from them. Importing this package lets `dt.load` read them.
+
+They carry no fingerprint of their backbone, so names and shapes are checked; `check=False` reads in spite of what else a
+reader would refuse, where it knows such a thing.
+"""
 
 from __future__ import annotations
 

@@ -40,10 +40,13 @@ def is_litgpt(path: Path) -> bool:
     return path.name in (TENSORS, *OTHERS) or any((path / name).is_file() for name in (TENSORS, *OTHERS))
 
 
-@reading("litgpt")
 def read_litgpt(model: nn.Module, path: Path | str, check: bool = True) -> Weights:
     """Read a LoRA of litgpt as weights for `model`; raises `DeltaTuneError` for what deltatune cannot compute in the same way."""
-    path = Path(path)
+    with reading("litgpt", path):
+        return _read_weights(model, Path(path))
+
+
+def _read_weights(model: nn.Module, path: Path) -> Weights:
     folder = path if path.is_dir() else path.parent
     if not (folder / TENSORS).is_file():
         raise DeltaTuneError(

@@ -26,7 +26,6 @@ def is_loralib(path: Path) -> bool:
     return path.is_file() and "lora" in path.name and path.suffix in {*PICKLES, ".safetensors"}
 
 
-@reading("loralib")
 def read_loralib(
     model: nn.Module, path: Path | str, check: bool = True, alpha: float | None = None, enabled: Sequence[str] = ()
 ) -> Weights:
@@ -35,7 +34,12 @@ def read_loralib(
     `alpha` is the lora_alpha that it was trained with, and `enabled` the parts of packed modules that have factors, such
     as ("q", "v"); all of them when there are as many as parts. Raises `DeltaTuneError` when alpha is not said.
     """
-    path, parts = Path(path), anatomy(model)
+    with reading("loralib", path):
+        return _read_weights(model, Path(path), check, alpha, enabled)
+
+
+def _read_weights(model: nn.Module, path: Path, check: bool, alpha: float | None, enabled: Sequence[str]) -> Weights:
+    parts = anatomy(model)
     if alpha is None:
         raise DeltaTuneError(
             f"{path} is a state dict of loralib, which does not say the alpha it was trained with; read it by "

@@ -56,10 +56,13 @@ def is_opendelta(path: Path) -> bool:
     return isinstance(config, dict) and "delta_type" in config
 
 
-@reading("OpenDelta")
 def read_opendelta(model: nn.Module, folder: Path | str, check: bool = True) -> Weights:
     """Read a folder of OpenDelta as weights for `model`; raises `DeltaTuneError` for what deltatune cannot compute in the same way."""
-    folder = Path(folder)
+    with reading("OpenDelta", folder):
+        return _read_weights(model, Path(folder))
+
+
+def _read_weights(model: nn.Module, folder: Path) -> Weights:
     if not is_opendelta(folder):
         raise DeltaTuneError(f"{folder} is not a folder of OpenDelta: it has no {CONFIG} with a delta_type in it.")
     config, parts = read_json(folder / CONFIG), anatomy(model)

@@ -37,10 +37,14 @@ def is_pyreft(path: Path) -> bool:
     return path.is_dir() and (path / "config.json").is_file() and any(path.glob("intkey_layer_*.bin"))
 
 
-@reading("pyreft")
 def read_pyreft(model: nn.Module, folder: Path | str, check: bool = True, positions: str | None = None) -> Weights:
     """Read a folder of pyreft as weights for `model`; raises `DeltaTuneError` when the positions are not said."""
-    folder, parts = Path(folder), anatomy(model)
+    with reading("pyreft", folder):
+        return _read_weights(model, Path(folder), positions)
+
+
+def _read_weights(model: nn.Module, folder: Path, positions: str | None) -> Weights:
+    parts = anatomy(model)
     span = POSITIONS.fullmatch(positions or "")
     if not positions or span is None:
         raise DeltaTuneError(

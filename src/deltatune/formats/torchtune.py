@@ -43,10 +43,14 @@ def is_torchtune(path: Path) -> bool:
     return (path / TENSORS).is_file() and not (path / "adapter_model.safetensors").is_file()
 
 
-@reading("torchtune")
 def read_torchtune(model: nn.Module, folder: Path | str, check: bool = True) -> Weights:
     """Read a folder of torchtune as weights for `model`; raises `DeltaTuneError` for families whose heads are not known here."""
-    folder, parts = Path(folder), anatomy(model)
+    with reading("torchtune", folder):
+        return _read_weights(model, Path(folder))
+
+
+def _read_weights(model: nn.Module, folder: Path) -> Weights:
+    parts = anatomy(model)
     if parts.family not in (*TURNED, *SAME):
         raise DeltaTuneError(f"torchtune's files are read for {', '.join((*TURNED, *SAME))}; this is {parts.family}.")
     if not (folder / CONFIG).is_file():

@@ -25,10 +25,11 @@ NAMED = re.compile(
 
 @dataclass(frozen=True)
 class Folder:
-    """What a folder says: the adapter's name, the configs that are in it, and its tensors."""
+    """What a folder says: the adapter's name, the family of the model it was saved from, the configs that are in it, and its tensors."""
 
     source: Path
     name: str
+    family: str
     configs: tuple[dict[str, Any], ...]
     tensors: Tensors
 
@@ -75,7 +76,7 @@ def read_folder(folder: Path) -> Folder:
     configs = config.get("configs", []) if config.get("architecture") == "union" else [config]
     if not isinstance(name, str) or not isinstance(configs, list) or not all(isinstance(c, dict) for c in configs):
         raise DeltaTuneError(f"{folder / CONFIG} names no adapter, or holds no configs that are objects.")
-    return Folder(folder / CONFIG, name, tuple(configs), _tensors(folder))
+    return Folder(folder / CONFIG, name, str(header.get("model_type", "")), tuple(configs), _tensors(folder))
 
 
 def _tensors(folder: Path) -> Tensors:

@@ -30,15 +30,23 @@ ELSEWHERE = {
 }
 
 
-@reading("the library adapters")
 def read_adapterhub(model: nn.Module, folder: Path | str, check: bool = True) -> Weights:
     """Read a folder of `adapters` as weights for `model`; raises `DeltaTuneError` for what deltatune cannot compute in the same way.
 
     `check=False` accepts a folder that was saved from another family of models.
     """
-    found = read_folder(Path(folder))
+    with reading("the library adapters", folder):
+        return _read_weights(model, Path(folder), check)
+
+
+def _read_weights(model: nn.Module, folder: Path, check: bool) -> Weights:
+    found = read_folder(folder)
     parts = anatomy(model)
     check_family(parts)
+    if check and found.family not in ("", parts.family):
+        raise found.refuse(
+            f"is for a {found.family}, and this is {parts.family}; pass check=False if their modules are the same"
+        )
     _check(found)
     kinds = split(found)
     kinds.pop("shared_parameters", None)

@@ -36,14 +36,18 @@ OTHERWISE = {
 }
 
 
-@reading("peft")
 def read_peft(model: nn.Module, folder: Path | str, check: bool = True) -> Weights:
     """Read a folder of peft as weights for `model`; raises `DeltaTuneError` for what deltatune cannot compute in the same way.
 
     The files carry no fingerprint, so names and shapes are checked instead. `check=False` reads what the tensors say by
     themselves: without the fields of the config that are refused or not known, and without biases that peft did not save.
     """
-    config, tensors = read_folder(Path(folder))
+    with reading("peft", folder):
+        return _read_weights(model, Path(folder), check)
+
+
+def _read_weights(model: nn.Module, folder: Path, check: bool) -> Weights:
+    config, tensors = read_folder(folder)
     if config.type in Prompt.known:
         return read_prompt(model, config, tensors)
     form = Form.known.get(config.type)
