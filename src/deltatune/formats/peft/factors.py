@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from deltatune.core.method import Method
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
@@ -14,6 +15,7 @@ from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
 from deltatune.formats.peft.form import Form, Seat, agree
 from deltatune.formats.peft.names import patterns, plain
+from deltatune.formats.peft.table import Table
 from deltatune.methods.reparameterization.adalora import AdaLoRA
 from deltatune.methods.reparameterization.hira import HiRA
 from deltatune.methods.reparameterization.loha import LoHa
@@ -40,71 +42,56 @@ def ranks_and_alphas(seats: Sequence[Seat]) -> dict[str, Any]:
     return {"r": rank, "alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas, "use_effective_conv2d": False}
 
 
-class LoHaForm(Form):
+class LoHaForm(Table):
     type = "LOHA"
     methods = (LoHa,)
-    suffixes = needed = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    names = {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"}
     fields = LYCORIS
     refused = {"use_effective_conv2d": "its factors of a kernel are no LoHa of a matrix"}
 
-    def read(self, config: Config, site: Site, held: Tensors) -> list[Part]:
+    def method(self, config: Config, site: Site, held: Tensors) -> Method:
         rank = held["hada_w1_a"].shape[1]
         agree(config, "r", site.path, rank, config.at("rank_pattern", site.path, config.number("r", 8)))
-        alpha = config.at("alpha_pattern", site.path, config.number("alpha", 8))
-        leaves = {f"{leaf}{i}": held[f"hada_w{i}_{side}"] for i in (1, 2) for leaf, side in (("B", "a"), ("A", "b"))}
-        return [Part(site.path, LoHa(rank, float(alpha)), leaves)]
-
-    def write(self, seat: Seat) -> Tensors:
-        return {
-            f"hada_w{i}_{side}": seat.leaves[f"{leaf}{i}"] for i in (1, 2) for leaf, side in (("B", "a"), ("A", "b"))
-        }
+        return LoHa(rank, float(config.at("alpha_pattern", site.path, config.number("alpha", 8))))
 
     def settings(self, seats: Sequence[Seat]) -> dict[str, Any]:
         return ranks_and_alphas(seats)
 
 
-class LoKrForm(Form):
+class LoKrForm(Table):
     type = "LOKR"
     methods = (LoKr,)
-    suffixes = ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_w1_a", "lokr_w1_b", "lokr_t2")
+    names = {"C": "lokr_w1", "D": "lokr_w2", "B": "lokr_w2_a", "A": "lokr_w2_b"}
     needed = ("lokr_w1",)
     fields = LYCORIS
     refused = {
         "decompose_both": "LoKr's first factor is one matrix here",
         "use_effective_conv2d": "its factors of a kernel are no LoKr of a matrix",
     }
-    names = {"C": "lokr_w1", "D": "lokr_w2", "B": "lokr_w2_a", "A": "lokr_w2_b"}
 
-    def read(self, config: Config, site: Site, held: Tensors) -> list[Part]:
+    def method(self, config: Config, site: Site, held: Tensors) -> Method:
         rank = int(config.at("rank_pattern", site.path, config.whole("r", 8)))
         if "lokr_w2_a" in held:
             agree(config, "r", site.path, held["lokr_w2_a"].shape[1], rank)
         alpha = config.at("alpha_pattern", site.path, config.number("alpha", 8))
-        method = LoKr(rank, float(alpha), config.whole("decompose_factor", -1))
-        return [Part(site.path, method, {leaf: held[name] for leaf, name in self.names.items() if name in held})]
-
-    def write(self, seat: Seat) -> Tensors:
-        return {self.names[leaf]: tensor for leaf, tensor in seat.leaves.items()}
+        return LoKr(rank, float(alpha), config.whole("decompose_factor", -1))
 
     def settings(self, seats: Sequence[Seat]) -> dict[str, Any]:
         factor = self.only("decompose_factor", (seat.method.factor for seat in seats))
         return {**ranks_and_alphas(seats), "decompose_factor": factor, "decompose_both": False}
 
 
-class HiRAForm(Form):
+class HiRAForm(Table):
     type = "HIRA"
     methods = (HiRA,)
     transposed = True
-    suffixes = needed = ("hira_A", "hira_B")
+    names = {"A": "hira_A", "B": "hira_B"}
     fields = frozenset({"r", "hira_dropout", "rank_pattern"})
 
-    def read(self, config: Config, site: Site, held: Tensors) -> list[Part]:
+    def method(self, config: Config, site: Site, held: Tensors) -> Method:
         rank = held["hira_A"].shape[0]
         agree(config, "r", site.path, rank, config.at("rank_pattern", site.path, config.number("r", 32)))
-        return [Part(site.path, HiRA(rank), {"A": held["hira_A"], "B": held["hira_B"]})]
-
-    def write(self, seat: Seat) -> Tensors:
-        return {"hira_A": seat.leaves["A"], "hira_B": seat.leaves["B"]}
+        return HiRA(rank)
 
     def settings(self, seats: Sequence[Seat]) -> dict[str, Any]:
         rank, ranks = patterns({seat.site.path: seat.method.rank for seat in seats})

@@ -28,6 +28,7 @@ PREFIX = f"{ROOT}model."
 # types of peft that deltatune has as well, with tensors that its files cannot give it
 OTHERWISE = {
     "ADAMSS": "which rows form a group is not in the file, and k-means may find other groups when it is run again",
+    "BOTTLENECK": "it is of the fork LLM-Adapters, whose files do not say on which side of a layer their adapters act",
     "FROD": "its shared basis is not orthogonal, and that of deltatune's FRoD is",
     "LILY": "peft averages its router over the whole batch, so that one row's output depends on the others",
     "SHADOW": "its network beside the backbone is no method of deltatune, and its keys keep the adapter's name",

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltatune.core.method import Method
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
 from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
 from deltatune.formats.peft.form import Form, Seat, agree
+from deltatune.formats.peft.table import Table
 from deltatune.methods._rotate import skew
 from deltatune.methods.reparameterization.boft import BOFT
 from deltatune.methods.reparameterization.hra import HRA
@@ -77,20 +79,17 @@ def _upper(R: Tensor) -> Tensor:
     return R[..., rows, columns]
 
 
-class HRAForm(Form):
+class HRAForm(Table):
     type = "HRA"
     methods = (HRA,)
-    suffixes = needed = ("hra_u",)
+    names = {"U": "hra_u"}
     fields = frozenset({"r"})
     refused = {"apply_GS": "its reflections are made orthogonal to each other before they are used"}
 
-    def read(self, config: Config, site: Site, held: Tensors) -> list[Part]:
+    def method(self, config: Config, site: Site, held: Tensors) -> Method:
         rank = held["hra_u"].shape[-1]
         agree(config, "r", site.path, rank, config.number("r", 8))
-        return [Part(site.path, HRA(rank), {"U": held["hra_u"]})]
-
-    def write(self, seat: Seat) -> Tensors:
-        return {"hra_u": seat.leaves["U"]}
+        return HRA(rank)
 
     def settings(self, seats: Sequence[Seat]) -> dict[str, Any]:
         return {"r": self.one(seats).rank, "apply_GS": False}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from deltatune.core.method import Method
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
@@ -14,6 +15,7 @@ from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
 from deltatune.formats.peft.form import Form, Seat, agree
 from deltatune.formats.peft.lora import token_part, tokens_of
+from deltatune.formats.peft.table import Table
 from deltatune.methods._sparse import LargestWeights
 from deltatune.methods.addition.ia3 import IA3
 from deltatune.methods.addition.trainable_tokens import TrainableTokens
@@ -127,17 +129,14 @@ class SHiRAForm(Form):
         return {"r": self.only("rank", (seat.method.rank for seat in seats)), "mask_type": "random"}
 
 
-class C3AForm(Form):
+class C3AForm(Table):
     type = "C3A"
     methods = (C3A,)
-    suffixes = needed = ("c3a_kernel",)
+    names = {"w": "c3a_kernel"}
     fields = frozenset({"block_size", "block_size_pattern"})
 
-    def read(self, config: Config, site: Site, held: Tensors) -> list[Part]:
-        return [Part(site.path, C3A(held["c3a_kernel"].shape[-1]), {"w": held["c3a_kernel"]})]
-
-    def write(self, seat: Seat) -> Tensors:
-        return {"c3a_kernel": seat.leaves["w"]}
+    def method(self, config: Config, site: Site, held: Tensors) -> Method:
+        return C3A(held["c3a_kernel"].shape[-1])
 
     def settings(self, seats: Sequence[Seat]) -> dict[str, Any]:
         return {"block_size": self.only("block_size", (seat.leaves["w"].shape[-1] for seat in seats))}

@@ -17,8 +17,6 @@ from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
 from deltatune.formats.peft.form import Form, Seat
 
-Map = Callable[[Tensor], Tensor]
-
 
 class Table(Form):
     """A form that names each leaf's tensor; `turned` are the leaves that peft keeps with their last dimensions swapped."""

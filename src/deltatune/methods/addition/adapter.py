@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from deltatune.core.delta import Delta
 from deltatune.core.leaf import Init, Leaf, Normal, Zeros
