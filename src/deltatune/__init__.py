@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from deltatune.core.delta import Delta, SiteTable, parse, sites
     from deltatune.core.evidence import evidence, needs
     from deltatune.core.flatten import flatten
+    from deltatune.core.join import join
     from deltatune.core.merge import Merged, merge, merge_
     from deltatune.core.report import Report
     from deltatune.core.route import Pool, pool
@@ -48,6 +49,7 @@ _HOMES = {
     "core.task_vectors": ("dare", "magnitude_prune", "task_arithmetic", "ties"),
     "core.trace": ("Trace", "trace"),
     "core.flatten": ("flatten",),
+    "core.join": ("join",),
     "backbones.keys_values": ("keys_values",),
     "formats": (
         "read_adapterhub",

@@ -90,10 +90,11 @@ class Attachment(Link):
     ) -> None:
         super().__init__(model, name, leaves, source.delta)
         self.delta, self.placements = source.delta, placements
-        self._spec = replace(
-            source, tensors={}, fixed={}
-        )  # the leaves hold the numbers; a second copy would double the memory of Full
-        self._fixed = frozenset(source.fixed)
+        self._describe(source)
+
+    def _describe(self, source: Weights) -> None:
+        """Keep all of `source` but its numbers, which the leaves hold: a second copy would double the memory of Full."""
+        self._spec, self._fixed = replace(source, tensors={}, fixed={}), frozenset(source.fixed)
 
     @property
     def weights(self) -> Weights:
@@ -119,7 +120,11 @@ class Attachment(Link):
         settle(self.model)
         for name, tensor in named(self.placements, self.leaves):
             tensor.data.copy_(stored(held[name], tensor))
-        self._spec, self._fixed = replace(self._spec, seed=weights.seed), frozenset(weights.fixed)
+        self._describe(weights)
+
+    def freeze(self) -> None:
+        """Stop training these tensors: they stay in the model's function, and what is attached next is trained on top of them."""
+        self.leaves.requires_grad_(False)
 
 
 def named(placements: list[Placement], leaves: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -25,14 +25,11 @@ def check_backbone(wanted: Fingerprint, found: Fingerprint, check: bool) -> None
 
 
 def check_tensors(weights: Weights, placements: list[Placement]) -> None:
-    """Raise `DeltaTuneError` when the tensors are not exactly those that the placements declare; seeded ones may be there."""
+    """Raise `DeltaTuneError` when the tensors are not those that the placements declare; seeded ones may be there."""
     declared = {p.name(leaf): d for p in placements for leaf, d in p.leaves.items()}
-    for needed, kinds, found in (
-        ("trained", ("trained",), weights.tensors),
-        ("stored", ("stored", "seeded"), weights.fixed),
-    ):
-        wanted = {name: leaf for name, leaf in declared.items() if leaf.kind in kinds}
-        for name in sorted(name for name, leaf in wanted.items() if leaf.kind == needed and name not in found):
+    for trained, found in ((True, weights.tensors), (False, weights.fixed)):
+        wanted = {name: leaf for name, leaf in declared.items() if leaf.trained == trained}
+        for name in sorted(name for name in wanted.keys() - found.keys() if wanted[name].kind != "seeded"):
             raise DeltaTuneError(f"the weights lack the tensor {name!r} of {weights.delta}.{nearest(name, found)}")
         for name, tensor in found.items():
             if name not in wanted:
