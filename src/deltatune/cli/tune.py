@@ -33,6 +33,10 @@ Task = Annotated[
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="Folder for the run; by default runs/<task>-<id of the run>.")
 ]
+Start = Annotated[
+    Path | None,
+    _option("Train on top of these weights, a folder that tune wrote: they stay frozen, and both are saved as one delta."),
+]
 Seed = Annotated[int, _option("Decides the start of the delta, the order of the data and the choice of shots.")]
 Steps = Annotated[int, _option("How many batches to train on.")]
 Batch = Annotated[int, _option("Examples in a batch.")]
@@ -63,6 +67,7 @@ def tune(
     delta: Delta = "LoRA(rank=8)",
     backbone: Backbone = "pebble",
     out: Out = None,
+    start: Start = None,
     seed: Seed = 0,
     steps: Steps = Recipe.steps,
     batch: Batch = Recipe.batch,
@@ -87,13 +92,15 @@ def tune(
 ) -> None:
     """Train a delta on a task and test it once, at its best dev score.
 
+    Example: deltatune tune --task topic --delta 'LoRA(rank=8)' --lr 3e-3 --out runs/topic
+
     Stop it with Ctrl-C, or in any other way: the same command continues where the last checkpoint was.
     """
     given = locals()
     recipe = Recipe(**{name: given[name] for name in Recipe().to_json()})
     from deltatune.tuning import Run
 
-    run = Run(delta, backbone, task, recipe, seed)
+    run = Run(delta, backbone, task, recipe, seed, None if start is None else str(start))
     _show(run, out or Path("runs") / f"{Path(task).name}-{run.id}")
 
 
@@ -104,7 +111,8 @@ def _show(run: Run, folder: Path) -> None:
     from deltatune.tuning import tune
 
     console = Console(highlight=False)
-    console.print(f"[bold]{run.delta}[/bold] on {run.backbone} for {run.task}, in {folder}", markup=True)
+    top = f", on top of {run.start}" if run.start else ""
+    console.print(f"[bold]{run.delta}[/bold] on {run.backbone}{top} for {run.task}, in {folder}", markup=True)
     try:
         with _bar(console) as progress:
             result = tune(run, folder, _follow(progress, run.recipe.steps))

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 from deltatune.errors import DeltaTuneError, nearest
@@ -78,13 +79,17 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Run:
-    """One delta trained on one backbone for one task with one recipe and seed; `delta` is kept in canonical text."""
+    """One delta trained on one backbone for one task with one recipe and seed; `delta` is kept in canonical text.
+
+    `start` is a folder of weights that stay frozen under it: the delta is the next stage.
+    """
 
     delta: str
     backbone: str
     task: str
     recipe: Recipe = field(default_factory=Recipe)
     seed: int = 0
+    start: str | None = None
 
     def __post_init__(self) -> None:
         import deltatune as dt
@@ -94,7 +99,7 @@ class Run:
 
     @cached_property
     def id(self) -> str:
-        """12 hex digits of the SHA-256 over this run and the contents of its task and backbone."""
+        """12 hex digits of the SHA-256 over this run and the contents of its task, its backbone and its start."""
         import deltatune as dt
         from deltatune.backbones import digest
         from deltatune.tasks import task
@@ -105,13 +110,14 @@ class Run:
             "delta": dt.parse(self.delta).to_json(),
             "task_digest": task(self.task).digest,
             "backbone_digest": digest(self.backbone),
+            **({"start": _digest(Path(self.start))} if self.start is not None else {}),
         }
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return dataclasses.asdict(self)
+        """Return the fields as plain values, without a start where there is none."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "start" or value is not None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Run:
@@ -121,6 +127,16 @@ class Run:
         if missing:
             raise DeltaTuneError(f"run: there is no {missing[0]!r}; a run names a delta, a backbone and a task.")
         return cls(**{**values, "recipe": Recipe.from_json(values.get("recipe", {}))})
+
+
+def _digest(weights: Path) -> str:
+    """Return the SHA-256 (hex) of a file of weights, or of all files of another library's folder."""
+    own = weights / "delta.safetensors" if weights.is_dir() else weights
+    files = [own] if own.is_file() else sorted(path for path in weights.glob("*") if path.is_file())
+    if not files:
+        raise DeltaTuneError(f"there are no weights to start from in {weights}; give a folder that tune wrote.")
+    digests = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _known(cls: type[Value], data: Mapping[str, Any], owner: str) -> dict[str, Any]:

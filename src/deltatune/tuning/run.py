@@ -84,6 +84,9 @@ class Session:
         self.backbone_parameters = sum(parameter.numel() for parameter in own)
         self.task = task(run.task)
         self.codec = Codec(self.backbone, self.recipe.max_input, self.recipe.max_target)
+        self.stages = [] if run.start is None else [dt.load(self.backbone.model, run.start, "start")]
+        for stage in self.stages:
+            stage.freeze()
         delta = dt.parse(run.delta)
         weights = dt.init(delta, self.backbone.model, run.seed, evidence=self._evidence(delta))
         self.count = weights.count
@@ -94,6 +97,7 @@ class Session:
             name = f"run_{run.id}"
             members.add(name, weights)
             self.attachment, self.scope = members[name], lambda: members.route(name)
+        self.stages.append(self.attachment)
         self.loading = time.perf_counter() - started
 
     @staticmethod
@@ -109,7 +113,7 @@ class Session:
 
         started = time.perf_counter()
         scores = self._test() if self.recipe.test else {"test": None, "majority": None}
-        dt.save(self.attachment, self.folder)
+        dt.save(dt.join(self.backbone.model, *self.stages), self.folder)
         evaluating = time.perf_counter() - started
         return {
             "run": self.run.to_json(),
