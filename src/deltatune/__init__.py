@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from deltatune.backbones.load import Backbone, load_backbone
     from deltatune.core.arithmetic import combine, negate, slerp
     from deltatune.core.attach import Attachment, attach, attachments
+    from deltatune.core.compare import Comparison, compare
+    from deltatune.core.contents import contents
     from deltatune.core.convert import changes, to_full, to_lora
     from deltatune.core.delta import Delta, SiteTable, parse, sites
     from deltatune.core.evidence import evidence, needs
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from deltatune.core.join import join
     from deltatune.core.merge import Merged, merge, merge_
     from deltatune.core.report import Report
+    from deltatune.core.rounding import rounding
     from deltatune.core.route import Pool, pool
     from deltatune.core.store import load, save
     from deltatune.core.task_vectors import dare, magnitude_prune, task_arithmetic, ties
@@ -40,11 +43,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "core.arithmetic": ("combine", "negate", "slerp"),
     "core.attach": ("Attachment", "attach", "attachments"),
+    "core.compare": ("Comparison", "compare"),
+    "core.contents": ("contents",),
     "core.convert": ("changes", "to_full", "to_lora"),
     "core.delta": ("Delta", "SiteTable", "parse", "sites"),
     "core.route": ("Pool", "pool"),
     "core.merge": ("Merged", "merge", "merge_"),
     "core.report": ("Report",),
+    "core.rounding": ("rounding",),
     "core.store": ("load", "save"),
     "core.task_vectors": ("dare", "magnitude_prune", "task_arithmetic", "ties"),
     "core.trace": ("Trace", "trace"),

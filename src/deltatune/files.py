@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,29 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, value: Any) -> None:
     """Replace the file at `path` by `value` as indented JSON; refuses NaN and infinities, which are not JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path | str) -> Iterator[Path]:
+    """Yield a folder to write into, which becomes `path` at the end; after an error nothing is left of it.
+
+    Raises `DeltaTuneError` when `path` is there already and is not an empty folder, or when the disk refuses it.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise DeltaTuneError(f"{path} is there already; choose another name, or delete it first.")
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
+        yield Path(temporary)
+        os.chmod(temporary, 0o755)  # mkdtemp makes private folders
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DeltaTuneError(f"cannot write {path}: {error.strerror or error}; nothing was written.") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_json(path: Path | str) -> Any:

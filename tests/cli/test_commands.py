@@ -16,6 +16,7 @@ HEAVY = ("torch", "transformers", "datasets", "sklearn", "matplotlib", "torchmet
 SETTINGS = {"COLUMNS": "250", "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 HELPS = [
     (), ("tune",), ("eval",), ("predict",), ("pretrain",), ("methods",), ("sites",),
+    ("inspect",), ("convert",), ("merge",), ("diff",),
     ("study",), ("study", "run"), ("study", "status"), ("study", "report"),
 ]  # fmt: skip
 

@@ -66,7 +66,13 @@ def test_a_truncated_file_is_named(keep, file):
 
 
 @pytest.mark.parametrize(
-    "content", [b"hello, this is a text of some length", struct.pack("<Q", 1 << 60) + b"{}", b"\x00" * 64]
+    "content",
+    [
+        b"hello, this is a text of some length",
+        struct.pack("<Q", 1 << 60) + b"{}",
+        b"\x00" * 64,
+        struct.pack("<Q", 0x0580) + b'{"a":',  # truncated, with a header of a length that begins as a pickle does
+    ],
 )
 def test_what_is_not_safetensors_is_named(content, file):
     file.write_bytes(content)

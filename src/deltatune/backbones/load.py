@@ -54,7 +54,7 @@ def load(name: str, dtype: str = "float32", quantise: str | None = None) -> Back
     if dtype not in DTYPES:
         raise DeltaTuneError(f"there is no dtype {dtype!r}.{nearest(dtype, DTYPES)} Write one of {', '.join(DTYPES)}.")
     source = find(name)
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         config = _config(source.folder)
         kind = _kind(config, source.folder)
         tokenizer = _tokenizer(source.folder)
@@ -73,13 +73,13 @@ load_backbone = load
 def skeleton(name: str) -> nn.Module:
     """Build a backbone's model on the meta device, without reading or allocating a weight: enough for a dry run."""
     folder = find(name).folder
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         config = _config(folder)
         return _built(config, _kind(config, folder)).eval()
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """What transformers would print while loading is either normal or raised as an error here."""
     from transformers.utils import logging as transformers_logging
 

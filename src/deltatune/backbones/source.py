@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -64,6 +65,18 @@ def weight_files(folder: Path) -> list[Path]:
             f"model.save_pretrained(a new folder), which writes model.safetensors."
         )
     raise DeltaTuneError(f"{folder} has no model.safetensors, so it holds no weights that deltatune reads.")
+
+
+def stored_dtype(name: str) -> str:
+    """Return the float type that most tensors of a backbone's files have, as `load` takes it; float32 for any other."""
+    from safetensors import safe_open
+
+    counts: Counter[str] = Counter()
+    for path in weight_files(find(name).folder):
+        with safe_open(path, framework="pt") as file:
+            counts.update(file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118
+    most = counts.most_common(1)[0][0] if counts else ""
+    return {"BF16": "bfloat16", "F16": "float16"}.get(most, "float32")
 
 
 def _shards(index: Path) -> list[str]:

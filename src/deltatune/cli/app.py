@@ -10,7 +10,11 @@ import typer
 from typer.core import TyperGroup
 
 from deltatune.cli import study
+from deltatune.cli.convert import convert
+from deltatune.cli.diff import diff
 from deltatune.cli.evaluate import evaluate
+from deltatune.cli.inspect import inspect
+from deltatune.cli.merge import merge
 from deltatune.cli.methods import methods
 from deltatune.cli.predict import predict
 from deltatune.cli.pretrain import pretrain
@@ -64,13 +68,17 @@ def _root(
         os.environ[DEBUG] = "1"
 
 
-LOOK, RUN, MAKE = "Look around", "One run, many runs", "Make a backbone"
+LOOK, RUN, TURN, MAKE = "Look around", "One run, many runs", "Compare and change what was tuned", "Make a backbone"
 app.command("methods", rich_help_panel=LOOK)(methods)
 app.command("sites", rich_help_panel=LOOK)(sites)
+app.command("inspect", rich_help_panel=LOOK)(inspect)
 app.command("tune", rich_help_panel=RUN)(tune)
 app.command("eval", rich_help_panel=RUN)(evaluate)
 app.command("predict", rich_help_panel=RUN)(predict)
 app.add_typer(study.app, name="study", rich_help_panel=RUN)
+app.command("convert", rich_help_panel=TURN)(convert)
+app.command("merge", rich_help_panel=TURN)(merge)
+app.command("diff", rich_help_panel=TURN)(diff)
 app.command("pretrain", rich_help_panel=MAKE)(pretrain)
 
 

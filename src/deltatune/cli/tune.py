@@ -35,7 +35,9 @@ Out = Annotated[
 ]
 Start = Annotated[
     Path | None,
-    _option("Train on top of these weights, a folder that tune wrote: they stay frozen, and both are saved as one delta."),
+    _option(
+        "Train on top of these weights, a folder that tune wrote: they stay frozen, and both are saved as one delta."
+    ),
 ]
 Seed = Annotated[int, _option("Decides the start of the delta, the order of the data and the choice of shots.")]
 Steps = Annotated[int, _option("How many batches to train on.")]

@@ -96,11 +96,11 @@ def _combined(model: nn.Module, weights: Sequence[Weights], coefficients: Sequen
     placements = [place(model, w.delta) for w in weights]
     held = [completed(model, w, ps) for ps, w in zip(placements, weights, strict=True)]
     delta = Delta(tuple(_term(i, weights, placements, held, coefficients) for i in range(len(first.delta.terms))))
-    start = generate(model, [p for p in placements[0] if not _is_lora(p.method)], first.seed, "trained", {})
+    start = generate(model, [p for p in placements[0] if not is_lora(p.method)], first.seed, "trained", {})
     tensors: dict[str, Tensor] = {}
     fixed: dict[str, Tensor] = {}
     for after, *before in zip(place(model, delta), *placements, strict=True):
-        if _is_lora(after.method):
+        if is_lora(after.method):
             made = _concatenated(after, before, held, coefficients)
         else:
             made = _leaf_by_leaf(after, held, start, coefficients)
@@ -110,7 +110,8 @@ def _combined(model: nn.Module, weights: Sequence[Weights], coefficients: Sequen
     return Weights(delta, tensors, first.backbone, first.seed, fixed=fixed)
 
 
-def _is_lora(method: Method) -> bool:
+def is_lora(method: Method) -> bool:
+    """Whether a method computes with the factors of a LoRA."""
     return isinstance(method.computes, concrete(Method).get("LoRA", ()))
 
 
@@ -127,10 +128,10 @@ def _term(
     for delta in deltas:
         alike = len(delta.terms) == len(deltas[0].terms) and delta.terms[index].where == first.where
         same = alike and delta.terms[index].method == first.method
-        if not same and not (alike and _is_lora(first.method) and _is_lora(delta.terms[index].method)):
+        if not same and not (alike and is_lora(first.method) and is_lora(delta.terms[index].method)):
             unlike = f"{deltas[0]} and {delta} are unlike, so no leaf of the one goes with a leaf of the other"
             raise DeltaTuneError(f"{unlike}. {_instead(coefficients)}")
-    if not _is_lora(first.method):
+    if not is_lora(first.method):
         return first
     here = [next(p for p in ps if p.term == index) for ps in placements]
     ranks = [_factors(p, h)[0].shape[0] for p, h in zip(here, held, strict=True)]
@@ -147,10 +148,13 @@ def _term(
 
 
 def _factors(placement: Placement, held: Held) -> tuple[Tensor, Tensor]:
-    """Return A and s B in float64, so that the change is s B A."""
-    method: Any = placement.method.computes
-    own = {leaf: held[placement.name(leaf)] for leaf in placement.leaves}
-    p: Any = placement.method.unfold(Bag({n: t.double() if t.is_floating_point() else t for n, t in own.items()}))
+    return factors(placement.method, {leaf: held[placement.name(leaf)] for leaf in placement.leaves})
+
+
+def factors(lora: Method, leaves: Held) -> tuple[Tensor, Tensor]:
+    """Return A and s B of a LoRA's leaves at one site in float64, so that the change is s B A."""
+    method: Any = lora.computes
+    p: Any = lora.unfold(Bag({n: t.double() if t.is_floating_point() else t for n, t in leaves.items()}))
     return p.A, p.B * (method.alpha / method.rank)
 
 

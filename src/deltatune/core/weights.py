@@ -28,6 +28,7 @@ from deltatune.files import write_bytes, write_json
 
 FORMAT = "deltatune-1"
 SAMPLES = 64  # values of each parameter that the fingerprint looks at
+PICKLED = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -136,7 +137,10 @@ class Weights:
                 header = (file.metadata() or {}).get("deltatune")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            if path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            begin = path.read_bytes()[
+                :9
+            ]  # a safetensors file begins with the length of its header, then the header's brace
+            if begin[:2] in PICKLED and begin[8:] != b"{":
                 raise _pickled(path) from None
             raise DeltaTuneError(
                 f"{path} is not a whole safetensors file ({error}); it may be truncated: copy or save it again."
