@@ -79,6 +79,13 @@ def stored_dtype(name: str) -> str:
     return {"BF16": "bfloat16", "F16": "float16"}.get(most, "float32")
 
 
+def config_dtype(name: str) -> str:
+    """Return the float type that a backbone's config names, float32 when it names none that `load` takes."""
+    config = read_json(find(name).folder / "config.json")
+    named = config.get("dtype", config.get("torch_dtype"))
+    return named if named in ("bfloat16", "float16") else "float32"
+
+
 def _shards(index: Path) -> list[str]:
     content = read_json(index)
     table = content.get("weight_map") if isinstance(content, dict) else None
