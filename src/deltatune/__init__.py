@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from deltatune.core.trace import Trace, trace
     from deltatune.core.weights import Fingerprint, Weights, fingerprint, init
     from deltatune.errors import DeltaTuneError
+    from deltatune.formats.hub import push
     from deltatune.methods.addition.adapter import Adapter, adapterdrop, houlsby, pfeiffer
     from deltatune.methods.addition.prefix_tuning import PrefixTuning
     from deltatune.methods.addition.prompt_tuning import PromptTuning, Vocabulary
@@ -58,6 +59,7 @@ _HOMES = {
     "core.join": ("join",),
     "backbones.keys_values": ("keys_values",),
     "formats": (
+        "push",
         "read_adapterhub",
         "read_litgpt",
         "read_loralib",

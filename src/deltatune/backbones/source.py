@@ -15,6 +15,7 @@ from pathlib import Path
 
 from deltatune.errors import DeltaTuneError, nearest
 from deltatune.files import read_json
+from deltatune.hub import fetch
 
 BUILTIN = Path(__file__).parent / "builtin"
 RANDOM = "random:"
@@ -128,7 +129,7 @@ def _folder(name: str) -> Path:
         return _checked(path)
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DeltaTuneError(f"there is no backbone folder {name!r}.{_known(name)}")
-    return _checked(_from_hub(name))
+    return _checked(fetch(name, HUB_FILES, ["*/*"], "backbone", _known(name)))
 
 
 def _checked(folder: Path) -> Path:
@@ -141,22 +142,6 @@ def _checked(folder: Path) -> Path:
             f"{folder} holds an adapter (adapter_config.json) beside config.json; move it to a folder of its own."
         )
     return folder
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
-    except HFValidationError:
-        raise DeltaTuneError(f"there is no backbone {name!r}.{_known(name)}") from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DeltaTuneError(
-            f"there is no backbone {name!r} here, and the Hugging Face hub did not give one: {reason}.{_known(name)} "
-            f"Without a network, a hub name works only once its files are in the local cache (HF_HOME)."
-        ) from error
 
 
 def _known(name: str) -> str:

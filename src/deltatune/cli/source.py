@@ -29,7 +29,9 @@ def read(path: Path, model: nn.Module | None) -> Weights:
     from deltatune import formats
     from deltatune.core.store import FORMATS
     from deltatune.core.weights import Weights
+    from deltatune.formats.hub import local
 
+    path = local(path)
     if model is not None:
         return formats.read(model, path)
     other = next((name for name, form in FORMATS.items() if form.knows(path)), "deltatune")

@@ -14,6 +14,7 @@ from deltatune.core.store import FORMATS, Format, read
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError, nearest
 from deltatune.formats.adapterhub import is_adapterhub, read_adapterhub, write_adapterhub
+from deltatune.formats.hub import HUB, push
 from deltatune.formats.litgpt import is_litgpt, read_litgpt
 from deltatune.formats.loralib import is_loralib, read_loralib
 from deltatune.formats.opendelta import is_opendelta, read_opendelta
@@ -23,6 +24,7 @@ from deltatune.formats.torchtune import is_torchtune, read_torchtune
 
 __all__ = [
     "known",
+    "push",
     "read",
     "read_adapterhub",
     "read_litgpt",
@@ -49,6 +51,7 @@ FORMATS |= {
     "torchtune": Format("adapter_model.pt and adapter_config.json of torchtune", is_torchtune, read_torchtune),
     "peft": Format("adapter_config.json and adapter_model.safetensors of peft", is_peft, read_peft, write_peft),
     "loralib": Format("a state dict of loralib, called a LoRA", is_loralib, read_loralib),
+    "hub": HUB,
 }
 
 

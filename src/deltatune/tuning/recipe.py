@@ -102,6 +102,7 @@ class Run:
         """12 hex digits of the SHA-256 over this run and the contents of its task, its backbone and its start."""
         import deltatune as dt
         from deltatune.backbones import digest
+        from deltatune.formats.hub import local
         from deltatune.tasks import task
 
         content = {
@@ -110,7 +111,7 @@ class Run:
             "delta": dt.parse(self.delta).to_json(),
             "task_digest": task(self.task).digest,
             "backbone_digest": digest(self.backbone),
-            **({"start": _digest(Path(self.start))} if self.start is not None else {}),
+            **({"start": _digest(local(Path(self.start)))} if self.start is not None else {}),
         }
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
