@@ -28,9 +28,8 @@ def fetch(name: str, files: Sequence[str], without: Sequence[str], what: str, kn
     except HFValidationError:
         raise DeltaTuneError(f"there is no {what} {name!r}.{known}") from None
     except (HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise DeltaTuneError(
-            f"there is no {what} {name!r} here, and the Hugging Face hub did not give one: {reason}.{known} "
+            f"there is no {what} {name!r} here, and the Hugging Face hub did not give one: {_first(error)}.{known} "
             f"Without a network, a hub name works only once its files are in the local cache (HF_HOME)."
         ) from error
 
@@ -47,12 +46,16 @@ def send(folder: Path, name: str, private: bool, message: str) -> str:
         address = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
     except (HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise DeltaTuneError(
-            f"the Hugging Face hub did not take {name!r}: {reason} Log in with `hf auth login`, or set HF_TOKEN to a token "
+            f"the Hugging Face hub did not take {name!r}: {_first(error)}. Log in with `hf auth login`, or set HF_TOKEN to a token "
             "that may write there."
         ) from error
     return str(address)
+
+
+def _first(error: Exception) -> str:
+    """Return the first line of an error's message, without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _missing(name: str) -> DeltaTuneError:

@@ -230,6 +230,7 @@ MISTAKES = [
     (("inspect", "{broken}"), ("not a whole safetensors file",)),
     (("inspect", "{base}"), ("holds config.json",)),
     (("inspect", "{peft}"), ("is a folder of peft", "--on BACKBONE")),
+    (("inspect", "someone/gone"), ("no file or folder 'someone/gone' here", "local cache (HF_HOME)")),
     (("inspect", "{lora}", "--on", "peble"), ("there is no backbone 'peble'", "'pebble'")),
     (("convert", "{lora}", "{out}", "--to", "pefd", "--on", "{base}"), ("no format 'pefd'", "'peft'", "Known are")),
     (("convert", "{lora}", "{out}", "--to", "peft"), ("name the backbone with --on",)),

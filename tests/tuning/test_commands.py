@@ -103,6 +103,7 @@ def test_tune_then_eval_then_predict(
         (["tune", "--task", "topicc"], "Did you mean 'topic'"),
         (["tune", "--task", "topic", "--delta", "LoRAA()"], "'LoRA'"),
         (["tune", "--task", "topic", "--optimizer", "adamv"], "Did you mean 'adamw'"),
+        (["tune", "--task", "topic", "--start", "nowhere"], "no weights to start from in nowhere"),
         (["tune", "--task", "topic", "--lr", "-1"], "lr is -1.0; it cannot be below 0"),
         (["eval", "nowhere"], "there is no folder nowhere"),
         (["eval", "--split", "tests"], "Did you mean 'test'"),

@@ -117,8 +117,8 @@ function draw({ view, site, depth, copies, open, hit, beside }) {
     + (view.times > 1 ? `<span class="times">×${view.times}</span>` : "") + `<span class="type">${escape(node.type)}</span>`
     + node.roles.map(role => `<span class="role">${escape(role)}</span>`).join("") + chips(node, open) + "</span>"
     + `<span class="shape" title="${escape(text)}">${escape(text)}</span>`
-    + `<span class="num bar" style="--w: ${(100 * total / (root.size || 1)).toFixed(2)}%" title="${many}${full(node.size)}">${short(total)}</span>`
-    + `<span class="num bytes">${size(total * data.bytes)}</span>`
+    + `<span class="num bar ${total ? "" : "none"}" style="--w: ${(100 * total / (root.size || 1)).toFixed(2)}%" title="${many}${full(node.size)}">${total ? short(total) : "–"}</span>`
+    + `<span class="num bytes ${total ? "" : "none"}">${total ? size(total * data.bytes) : "–"}</span>`
     + `<span class="num ${trained ? "trained" : "none"}" title="${many}${full(node.trained)}">${trained ? short(trained) : "–"}</span></div>`;
 }
 
