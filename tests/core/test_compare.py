@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -155,3 +157,16 @@ def test_what_only_one_has_is_as_far_as_it_is_large(model):
 def test_deltas_of_different_backbones_are_refused(model):
     with pytest.raises(dt.DeltaTuneError, match="made for another backbone"):
         dt.compare(made(model, dt.LoRA(rank=2)), dt.init(dt.LoRA(rank=2), tiny.llama()))
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda name: name.replace(".A", ".C"), "hold B, C of LoRA.*at 'blocks.0.first'"),
+    (lambda name: name.replace("0.", "7.", 1), "belongs to term 7"),
+    (lambda name: "stray", "no name of the form term.address.leaf"),
+])  # fmt: skip
+def test_tensors_that_are_no_loras_are_named(model, change, said):
+    a = made(model, dt.LoRA(rank=2), 1, FIRST)
+    name = sorted(a.tensors)[0]
+    b = replace(a, tensors={change(n) if n == name else n: t for n, t in a.tensors.items()})
+    with pytest.raises(dt.DeltaTuneError, match=said):
+        dt.compare(a, b)

@@ -133,3 +133,15 @@ def test_setting_numbers_of_another_seed_sets_what_the_seed_gives_too():
         attachment.set(b)
         torch.testing.assert_close(output(model), wanted, rtol=0, atol=0)
         assert attachment.weights.spec() == b.spec()
+
+
+def test_what_travels_with_a_stage_goes_through_flattening_and_arithmetic():
+    model = tiny.llama()
+    kinds = dt.Reparam(dt.PrefixTuning(length=3)), VERA, VERA
+    joined = dt.join(model, *(busy(fresh(kind, model, seed), seed) for seed, kind in enumerate(kinds)))
+    flat = dt.flatten(model, joined)
+    assert flat.delta != joined.delta and flat.fixed.keys() == joined.fixed.keys() != set()
+    torch.testing.assert_close(attached(model, flat), attached(model, joined), rtol=1e-5, atol=1e-6)
+    veras = dt.join(model, *stages(model, VERA, VERA))
+    once, _ = dt.combine(model, [veras, veras], [0.5, 0.5])
+    torch.testing.assert_close(attached(model, once), attached(model, veras), rtol=1e-5, atol=1e-6)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deltatune.core.arithmetic import factors, is_lora
-from deltatune.core.contents import natural, split
+from deltatune.core.contents import by_site, natural
 from deltatune.core.convert import changes
 from deltatune.core.fit import check_backbone
 from deltatune.core.site import Site, describe
@@ -88,13 +88,13 @@ def compare(a: Weights, b: Weights, model: nn.Module | None = None, check: bool 
 
 def _products(weights: Weights) -> dict[str, Any]:
     """Return the change of every LoRA as a product, those of several terms at one site added up."""
-    leaves: dict[tuple[int, str], dict[str, Tensor]] = {}
-    for name, tensor in weights.held.items():
-        term, address, leaf = split(name)
-        leaves.setdefault((term, address), {})[leaf] = tensor
     found: dict[str, Product] = {}
-    for (term, address), own in leaves.items():
-        A, B = factors(weights.delta.terms[term].method, own)
+    for (term, address), leaves in by_site(weights).items():
+        method = weights.delta.terms[term].method
+        try:
+            A, B = factors(method, leaves)
+        except AttributeError:  # a file may hold what it likes
+            raise DeltaTuneError(f"the weights hold {', '.join(leaves)} of {method} at {address!r}.") from None
         found[address] = found[address].plus(Product(B, A)) if address in found else Product(B, A)
     return found
 

@@ -53,12 +53,23 @@ class Held:
 def contents(weights: Weights) -> list[Held]:
     """Return what each term of the delta holds; raises `DeltaTuneError` for a tensor that belongs to none."""
     held = [Held(term) for term in weights.delta.terms]
-    for name, tensor in sorted(weights.held.items(), key=lambda item: natural(item[0])):
-        term, address, leaf = split(name)
-        if term >= len(held):
-            raise DeltaTuneError(f"the tensor {name!r} belongs to term {term}, and {weights.delta} has {len(held)}.")
-        held[term].sites.setdefault(address, []).append(_entry(leaf, tensor, name in weights.tensors))
+    for (term, address), leaves in by_site(weights).items():
+        entries = [_entry(leaf, t, f"{term}.{address}.{leaf}" in weights.tensors) for leaf, t in leaves.items()]
+        held[term].sites[address] = entries
     return held
+
+
+def by_site(weights: Weights) -> dict[tuple[int, str], dict[str, Tensor]]:
+    """Return {(term, address): {leaf: tensor}}, in the order in which people count; raises `DeltaTuneError` as `contents` does."""
+    found: dict[tuple[int, str], dict[str, Tensor]] = {}
+    held = weights.held
+    for name in sorted(held, key=natural):
+        term, address, leaf = _split(name)
+        if term >= len(weights.delta.terms):
+            many = len(weights.delta.terms)
+            raise DeltaTuneError(f"the tensor {name!r} belongs to term {term}, and {weights.delta} has {many}.")
+        found.setdefault((term, address), {})[leaf] = held[name]
+    return found
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -66,7 +77,7 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"(\d+)", name)]
 
 
-def split(name: str) -> tuple[int, str, str]:
+def _split(name: str) -> tuple[int, str, str]:
     """Return the term, the address and the leaf of a tensor's name in weights, as `Placement.name` wrote it."""
     term, _, rest = name.partition(".")
     address, _, leaf = rest.rpartition(".")

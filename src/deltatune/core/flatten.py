@@ -22,7 +22,7 @@ def flatten(model: nn.Module, weights: Weights) -> Weights:
     for before, after in zip(placements, place(model, delta), strict=True):
         plain = _unfolded(before, held)
         for leaf, declared in after.leaves.items():
-            if declared.kind != "seeded" or before.name(leaf) in weights.fixed:
+            if declared.kind != "seeded" or after.name(leaf) in weights.fixed:
                 (tensors if declared.trained else fixed)[after.name(leaf)] = plain[leaf].contiguous()
     return Weights(delta, tensors, weights.backbone, weights.seed, weights.notes, fixed)
 
