@@ -45,7 +45,7 @@ def files(tmp_path_factory) -> Files:
     model = files.model
     made = {
         "pair": PAIR, "lora": dt.LoRA(rank=2), "wide": dt.LoRA(rank=3), "vera": dt.VeRA(rank=4), "bias": dt.BitFit(),
-        "full": dt.Full().at("ffn.down"), "prefix": dt.PrefixTuning(length=3), "head": dt.Full().at("head"),
+        "nothing": dt.Delta(), "full": dt.Full().at("ffn.down"), "prefix": dt.PrefixTuning(length=3), "head": dt.Full().at("head"),
     }  # fmt: skip
     for seed, (name, delta) in enumerate(made.items()):
         dt.save(busy(dt.init(delta, model, seed), seed), files[name])
@@ -88,6 +88,10 @@ def test_inspect_draws_the_same_as_a_tree(files, call):
     assert "not trained" not in shown and "follow" not in shown
 
 
+def test_a_delta_of_nothing_is_shown_as_such(files, call):
+    assert "0 sites, 0 tensors, 0 trained parameters" in call("inspect", files["nothing"])[1]
+
+
 def test_inspect_reads_other_libraries_with_their_backbone(files, call):
     said = json.loads(call("inspect", files["peft"], "--on", files.backbone, "--json")[1])
     assert said["parameters"] == dt.Weights.read(files["lora"]).count and said["fits"] == "yes"
@@ -112,6 +116,15 @@ def test_convert_to_a_lora_prints_the_error_of_every_parameter(files, call, tmp_
         assert f"{name}   {error:.2e}".split() in [line.split() for line in shown.splitlines()]
     made = dt.Weights.read(tmp_path / "lora")
     assert made.delta == result.delta and all(torch.equal(made.tensors[n], t) for n, t in result.tensors.items())
+
+
+def test_a_lora_made_of_another_method_goes_to_other_libraries_too(files, call, tmp_path):
+    options = ("--lora", "4", "--to", "peft", "--on", files.backbone)
+    code, shown, message = call("convert", files["vera"], tmp_path / "peft", *options)
+    assert code == 0 and "as peft" in shown, message
+    model, wanted = files.model, dt.changes(files.model, dt.Weights.read(files["vera"]))
+    for name, change in dt.changes(model, formats.read(model, tmp_path / "peft")).items():
+        assert (change - wanted[name]).norm() < 1e-6 * wanted[name].norm()
 
 
 def merged(files: Files, folder: Path) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,19 @@ def test_a_run_is_named_by_what_it_starts_from_not_by_where_that_lies(first, tmp
     assert one.id == two.id != run.id
     dt.save(dataclasses.replace(dt.Weights.read(folder), seed=5), tmp_path / "copy")
     assert dataclasses.replace(two).id != one.id
+
+
+def test_a_killed_second_stage_continues_to_the_same_artifact(first, tmp_path):
+    run = dataclasses.replace(first[0], delta="LoRA(rank=2)", start=str(first[1]))
+    tune(run, tmp_path / "whole")
+    for die_at in (9, 14):
+        process = training.PROCESSES.Process(target=training.tune, args=(run, str(tmp_path / "cut"), die_at))
+        process.start()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL and not (tmp_path / "cut/result.json").exists()
+    tune(run, tmp_path / "cut")
+    for name in ("predictions.jsonl", "delta.safetensors", "delta.json", "run.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize(("start", "said"), [("nowhere", "no weights to start from in nowhere"), ("", "in .")])
