@@ -17,7 +17,7 @@ from deltatune.errors import DeltaTuneError
 from deltatune.files import write_text
 from deltatune.hub import fetch, is_name, send
 
-FILES = ("*.safetensors", "*.json", "*.bin")
+FILES = ("*.safetensors", "*.json", "*.bin", "*.pt", "*.lora", "*.yaml")
 NOT = ("*/*", "model*.safetensors", "pytorch_model*.bin")  # a whole model, which nobody wants where a delta is meant
 
 CARD = """---
