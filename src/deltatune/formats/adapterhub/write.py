@@ -8,16 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from deltatune.core.delta import place
-from deltatune.core.fit import check_backbone, check_tensors
 from deltatune.core.site import anatomy
-from deltatune.core.weights import Weights, completed, fingerprint
+from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.adapterhub.folder import write_folder
 from deltatune.formats.adapterhub.places import check_family
-from deltatune.formats.adapterhub.seats import Seat, Target, Written
+from deltatune.formats.adapterhub.target import Target, Written
 from deltatune.formats.adapterhub.write_bottleneck import INVERTIBLE, METHODS, write_bottlenecks, write_invertible
 from deltatune.formats.adapterhub.write_others import LOW_RANK, is_prefix, write_loras, write_prefixes, write_refts
+from deltatune.formats.seats import Seat, seats_of
 from deltatune.methods.addition.direft import DiReFT
 from deltatune.methods.addition.loreft import LoReFT
 from deltatune.methods.addition.noreft import NoReFT
@@ -38,20 +37,14 @@ def write_adapterhub(model: nn.Module, weights: Weights, folder: Path | str, nam
 
     Raises `DeltaTuneError`, before anything is written, for what the library cannot compute in the same way.
     """
-    check_backbone(weights.backbone, fingerprint(model), check=True)
-    placements = place(model, weights.delta)
-    check_tensors(weights, placements)
-    target, held = Target(model, anatomy(model), name), completed(model, weights, placements)
+    target = Target(model, anatomy(model), name)
     check_family(target.parts)
     if not name.isidentifier():
         raise DeltaTuneError(f"{name!r} cannot stand in keys; call the adapter by a plain name such as 'sst2'.")
     seats: dict[int, list[Seat]] = {}
-    for p in placements:
-        leaves = {leaf: held[p.name(leaf)].detach().to("cpu") for leaf in p.leaves}
-        seats.setdefault(_writer(p.method), []).append(Seat(p.method, p.site, leaves))
+    for seat in seats_of(model, weights):
+        seats.setdefault(_writer(seat.method), []).append(seat)
     written = [found for index, own in sorted(seats.items()) for found in WRITERS[index][1](target, own)]
-    if not written:
-        raise DeltaTuneError(f"{weights.delta} acts nowhere, and the library has no adapter of nothing.")
     configs = [config for config, _ in written]
     tensors = {key: tensor for _, own in written for key, tensor in own.items()}
     config = configs[0] if len(configs) == 1 else {"architecture": "union", "configs": configs}

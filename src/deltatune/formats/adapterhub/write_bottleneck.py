@@ -11,8 +11,9 @@ import torch
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.adapterhub.bottleneck import ACTIVATIONS, table_of
 from deltatune.formats.adapterhub.places import FLAGS, Spot, key_of, layer_number, spots
-from deltatune.formats.adapterhub.seats import Seat, Target, Written
+from deltatune.formats.adapterhub.target import Target, Written
 from deltatune.formats.disk import Tensors
+from deltatune.formats.seats import Seat
 from deltatune.methods.addition.adapter import Adapter
 from deltatune.methods.addition.add_norm_adapter import AddNormAdapter
 from deltatune.methods.addition.compacter import Compacter
@@ -74,6 +75,9 @@ def write_bottlenecks(target: Target, seats: Sequence[Seat]) -> list[Written]:
                 f"the library has one adapter at a sub-layer; this delta has several at {spot.sublayer!r}."
             )
         held[where] = (_look(target, seat, spot), spot, _tensors(seat))
+    rules = [own["A"] for _, _, own in held.values() if "A" in own]
+    if any(not torch.equal(rule, rules[0]) for rule in rules):
+        raise DeltaTuneError("the library's Compacters share one rule; this delta has several terms with a rule each.")
     looks: dict[Look, dict[str, set[int]]] = {}
     tensors: dict[Look, Tensors] = {}
     for (kind, number), (look, spot, own) in held.items():

@@ -12,8 +12,9 @@ from deltatune.core.site import Place
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.adapterhub.others import ELSEWHERE, ONE_STACK, TWO_STACKS
 from deltatune.formats.adapterhub.places import layer_number
-from deltatune.formats.adapterhub.seats import Seat, Target, Written, one
+from deltatune.formats.adapterhub.target import Target, Written, one
 from deltatune.formats.disk import Tensors
+from deltatune.formats.seats import Seat
 from deltatune.methods.addition.direft import DiReFT
 from deltatune.methods.addition.ia3 import IA3
 from deltatune.methods.addition.loreft import LoReFT

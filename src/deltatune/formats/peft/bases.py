@@ -13,9 +13,10 @@ from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
 from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Form, Seat, agree, weight_of
+from deltatune.formats.peft.form import Form, agree
 from deltatune.formats.peft.names import patterns, plain
 from deltatune.formats.peft.table import Table, check_derived, fresh
+from deltatune.formats.seats import Seat, weight_of
 from deltatune.methods.reparameterization.deft import DEFT
 from deltatune.methods.reparameterization.glora import GLoRA
 from deltatune.methods.reparameterization.osf import OSF

@@ -19,7 +19,8 @@ from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
 from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Seat, agree
+from deltatune.formats.peft.form import agree
+from deltatune.formats.seats import Seat
 from deltatune.methods.combine.per_expert import PerExpert
 from deltatune.methods.reparameterization.lora import LoRA
 

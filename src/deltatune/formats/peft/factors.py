@@ -13,9 +13,10 @@ from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
 from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Form, Seat, agree
+from deltatune.formats.peft.form import Form, agree
 from deltatune.formats.peft.names import patterns, plain
 from deltatune.formats.peft.table import Table
+from deltatune.formats.seats import Seat
 from deltatune.methods.reparameterization.adalora import AdaLoRA
 from deltatune.methods.reparameterization.hira import HiRA
 from deltatune.methods.reparameterization.loha import LoHa

@@ -13,9 +13,10 @@ from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
 from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Form, Seat, agree
+from deltatune.formats.peft.form import Form, agree
 from deltatune.formats.peft.names import patterns, plain
 from deltatune.formats.peft.table import Table
+from deltatune.formats.seats import Seat
 from deltatune.methods._sparse import LargestWeights, SmallestWeights
 from deltatune.methods.addition.peanut import PEANuT
 from deltatune.methods.addition.poly import Poly

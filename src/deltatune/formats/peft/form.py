@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deltatune.core.method import Method
 from deltatune.core.site import Site
@@ -15,32 +13,7 @@ from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
 from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-
-
-@dataclass(frozen=True, eq=False)
-class Seat:
-    """A method at one site of a live model, its tensors there (regenerated ones included), and the site's own tensors."""
-
-    method: Any
-    site: Site
-    leaves: Tensors
-    own: Mapping[str, Tensor]
-    seed: int = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the site's weight as it is stored."""
-        return tuple(self.own["weight"].shape) if "weight" in self.own else ()
-
-    @property
-    def W(self) -> Tensor:
-        """The site's weight, float32 [d_out, d_in]."""
-        return weight_of(self.site, self.own)
-
-
-def weight_of(site: Site, own: Mapping[str, Tensor]) -> Tensor:
-    """Return the weight among a site's own tensors, float32 [d_out, d_in]."""
-    return site.matrix(own["weight"].detach().to("cpu", torch.float32))
+from deltatune.formats.seats import Seat
 
 
 class Form:

@@ -30,8 +30,9 @@ from deltatune.formats.peft.experts import (
     target_parameters,
     write_experts,
 )
-from deltatune.formats.peft.form import Form, Seat, agree
+from deltatune.formats.peft.form import Form, agree
 from deltatune.formats.peft.names import patterns, plain
+from deltatune.formats.seats import Seat
 from deltatune.methods.addition.trainable_tokens import TrainableTokens
 from deltatune.methods.combine.per_expert import PerExpert
 from deltatune.methods.reparameterization.dora import DoRA

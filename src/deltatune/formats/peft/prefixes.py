@@ -20,8 +20,8 @@ from deltatune.core.site import Heads, Stack, anatomy
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Seat
 from deltatune.formats.peft.prompts import KEY, Prompt, sizes, stack_of
+from deltatune.formats.seats import Seat
 from deltatune.methods.addition.cartridge import Cartridge
 from deltatune.methods.addition.llama_adapter import LLaMAAdapter
 from deltatune.methods.addition.prefix_tuning import PrefixTuning

@@ -13,9 +13,10 @@ from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
 from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Form, Seat, agree
+from deltatune.formats.peft.form import Form, agree
 from deltatune.formats.peft.names import plain
 from deltatune.formats.peft.table import Table, cut
+from deltatune.formats.seats import Seat
 from deltatune.methods.reparameterization.pvera import PVeRA
 from deltatune.methods.reparameterization.rand_lora import RandLoRA
 from deltatune.methods.reparameterization.tiny_lora import TinyLoRA
@@ -52,7 +53,6 @@ class VeRAForm(Table):
     names = {"d": "vera_lambda_d", "b": "vera_lambda_b"}
     fields = frozenset({"r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial"})
     kind: ClassVar[type[VeRA | PVeRA]] = VeRA
-    doubled: ClassVar[int] = 1  # rows of A for each of the rank
 
     def method(self, config: Config, site: Site, held: Tensors) -> Method:
         rank = held[self.shared[1]].shape[1]

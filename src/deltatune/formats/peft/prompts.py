@@ -21,7 +21,7 @@ from deltatune.core.weights import Weights, fingerprint
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Seat
+from deltatune.formats.seats import Seat
 from deltatune.methods.addition.cpt import CPT
 from deltatune.methods.addition.multitask_prompt_tuning import MultitaskPromptTuning
 from deltatune.methods.addition.prompt_tuning import PromptTuning

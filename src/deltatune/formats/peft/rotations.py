@@ -15,8 +15,9 @@ from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
 from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Form, Seat, agree
+from deltatune.formats.peft.form import Form, agree
 from deltatune.formats.peft.table import Table
+from deltatune.formats.seats import Seat
 from deltatune.methods._rotate import skew
 from deltatune.methods.reparameterization.boft import BOFT
 from deltatune.methods.reparameterization.hra import HRA

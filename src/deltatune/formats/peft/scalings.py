@@ -13,9 +13,10 @@ from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
 from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Form, Seat, agree
+from deltatune.formats.peft.form import Form, agree
 from deltatune.formats.peft.lora import token_part, tokens_of
 from deltatune.formats.peft.table import Table
+from deltatune.formats.seats import Seat
 from deltatune.methods._sparse import LargestWeights
 from deltatune.methods.addition.ia3 import IA3
 from deltatune.methods.addition.trainable_tokens import TrainableTokens

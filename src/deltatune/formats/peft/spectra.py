@@ -16,8 +16,9 @@ from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
 from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Form, Seat
+from deltatune.formats.peft.form import Form
 from deltatune.formats.peft.names import patterns, plain
+from deltatune.formats.seats import Seat
 from deltatune.methods.reparameterization.fourierft import FourierFT
 from deltatune.methods.reparameterization.waveft import WaveFT
 

@@ -15,7 +15,8 @@ from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
 from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Form, Seat
+from deltatune.formats.peft.form import Form
+from deltatune.formats.seats import Seat
 
 
 class Table(Form):

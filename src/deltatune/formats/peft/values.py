@@ -17,8 +17,8 @@ from deltatune.errors import DeltaTuneError, nearest
 from deltatune.formats.disk import Tensors
 from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
-from deltatune.formats.peft.form import Seat
 from deltatune.formats.peft.names import targets
+from deltatune.formats.seats import Seat
 from deltatune.methods.specification.bitfit import BitFit
 from deltatune.methods.specification.full import Full
 

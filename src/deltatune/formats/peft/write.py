@@ -5,19 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from deltatune.core.delta import Placement, place
-from deltatune.core.fit import check_backbone, check_tensors
-from deltatune.core.weights import Weights, completed, fingerprint
+from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
 from deltatune.formats.peft.folder import write_folder
-from deltatune.formats.peft.form import Form, Seat
+from deltatune.formats.peft.form import Form
 from deltatune.formats.peft.names import targets
 from deltatune.formats.peft.prompts import Prompt, is_prompt, write_prompt
 from deltatune.formats.peft.read import PREFIX, ROOT
 from deltatune.formats.peft.values import write_biases, write_values
+from deltatune.formats.seats import Seat, seats_of
 from deltatune.methods.specification.bitfit import BitFit
 from deltatune.methods.specification.full import Full
 
@@ -27,12 +26,7 @@ def write_peft(model: nn.Module, weights: Weights, folder: Path | str, base: str
 
     Raises `DeltaTuneError`, before anything is written, for what peft cannot compute in the same way.
     """
-    check_backbone(weights.backbone, fingerprint(model), check=True)
-    placements = place(model, weights.delta)
-    check_tensors(weights, placements)
-    if not placements:
-        raise DeltaTuneError(f"{weights.delta} acts nowhere, and peft has no type for nothing.")
-    seats = _seats(model, weights, placements)
+    seats = seats_of(model, weights)
     usual = {"base_model_name_or_path": base, "task_type": _task(model), "inference_mode": True}
     prompts = [seat for seat in seats if is_prompt(seat.method)]
     if prompts:
@@ -42,22 +36,6 @@ def write_peft(model: nn.Module, weights: Weights, folder: Path | str, base: str
     else:
         config, tensors = _write(model, seats)
     write_folder(Path(folder), usual | config, tensors)
-
-
-def _seats(model: nn.Module, weights: Weights, placements: list[Placement]) -> list[Seat]:
-    held = completed(model, weights, placements)
-    order = {path: i for i, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    seats = []
-    for placement in sorted(placements, key=lambda p: order[p.site.path]):
-        leaves = {leaf: _plain(held[placement.name(leaf)]) for leaf in placement.leaves}
-        own = dict(model.get_submodule(placement.site.path).named_parameters(recurse=False))
-        seats.append(Seat(placement.method, placement.site, leaves, own, weights.seed))
-    return seats
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().to("cpu")
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _task(model: nn.Module) -> str | None:

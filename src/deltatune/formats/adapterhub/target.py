@@ -1,4 +1,4 @@
-"""What a delta is for the writers: a method at one site with its leaves, and what a writer makes of some of them."""
+"""What the writers of AdapterHub write for, and what they make of some of a delta's seats."""
 
 from __future__ import annotations
 
@@ -8,26 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from deltatune.core.method import Bag
-from deltatune.core.site import Anatomy, Site
+from deltatune.core.site import Anatomy
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.disk import Tensors
+from deltatune.formats.seats import Seat
 
 Written = tuple[dict[str, Any], Tensors]  # a config, and tensors by their keys
-
-
-@dataclass(frozen=True, eq=False)
-class Seat:
-    """A method at one site with its leaves, regenerated ones included."""
-
-    method: Any
-    site: Site
-    leaves: Tensors
-
-    @property
-    def unfolded(self) -> Tensors:
-        """The tensors that the method computes with."""
-        return vars(self.method.unfold(Bag(self.leaves)))
 
 
 @dataclass(frozen=True)
