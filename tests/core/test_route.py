@@ -153,6 +153,15 @@ def test_bad_input_is_refused_and_changes_nothing(case, model):
         output(model)
 
 
+def test_a_member_is_not_changed_through_the_pool(model):
+    weights = lora(model, 1)
+    kept = {name: tensor.clone() for name, tensor in weights.tensors.items()}
+    pool = dt.pool(model, {"a": weights})
+    with pytest.raises(dt.DeltaTuneError, match="remove it and add"):
+        pool["a"].set(lora(model, 2))
+    assert all(torch.equal(weights.tensors[name], tensor) for name, tensor in kept.items())
+
+
 @pytest.mark.parametrize("rows", [["a"], ["a", None], ["a"] * 6])
 def test_a_route_of_the_wrong_length_is_refused(model, rows):
     given = tiny.batch(model, "left")

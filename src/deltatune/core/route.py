@@ -84,6 +84,13 @@ class Entry:
             ports.change(list(dict.fromkeys(ports.entries)))
 
 
+class Member(Attachment):
+    """One member of a pool, to look at and to train: not attached by itself."""
+
+    def set(self, weights: Weights) -> None:
+        raise DeltaTuneError(f"{self.name!r} is a member of a pool; remove it and add the other weights.")
+
+
 class Pool(Link):
     """Many weights for one backbone; `route` chooses among them for each row of a batch. Made by `pool`."""
 
@@ -136,10 +143,10 @@ class Pool(Link):
         del self._members[name]
         self.leaves._modules.pop(name, None)
 
-    def __getitem__(self, name: str) -> Attachment:
+    def __getitem__(self, name: str) -> Member:
         """Return a member: its delta, its weights with the numbers of now, and in a pool that trains its parameters."""
         weights = self._members[self._find(name)]
-        return Attachment(self.model, name, weights, self._placements(weights.delta), self._leaves(name))
+        return Member(self.model, name, weights, self._placements(weights.delta), self._leaves(name))
 
     @contextmanager
     def route(self, rows: str | Sequence[Row]) -> Iterator[Pool]:
