@@ -53,7 +53,45 @@ def t5() -> nn.Module:
     return filled(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)))
 
 
-BUILDS: dict[str, Callable[[], nn.Module]] = {"bert": bert, "llama": llama, "t5": t5}
+def roberta() -> nn.Module:
+    """RobertaForMaskedLM."""
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return filled(RobertaForMaskedLM(RobertaConfig(**SIZES, **quiet, max_position_embeddings=18, pad_token_id=1)))
+
+
+def distilbert() -> nn.Module:
+    """DistilBertForMaskedLM."""
+    from transformers import DistilBertConfig, DistilBertForMaskedLM
+
+    sizes = {"vocab_size": 32, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 16}
+    return filled(DistilBertForMaskedLM(DistilBertConfig(**sizes, dropout=0.0, attention_dropout=0.0)))
+
+
+def bart() -> nn.Module:
+    """BartForConditionalGeneration: two stacks, norms behind the sub-layers."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes: dict[str, Any] = {"vocab_size": 32, "d_model": 16, "max_position_embeddings": 16, "dropout": 0.0}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 2, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 24}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    return filled(BartForConditionalGeneration(BartConfig(**sizes, **ids, forced_eos_token_id=None)))
+
+
+def gpt2() -> nn.Module:
+    """GPT2LMHeadModel: norms before the sub-layers, learned positions."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return filled(GPT2LMHeadModel(GPT2Config(**sizes, **quiet, bos_token_id=1, eos_token_id=2)))
+
+
+BUILDS: dict[str, Callable[[], nn.Module]] = {
+    build.__name__: build for build in (bert, llama, t5, roberta, distilbert, bart, gpt2)
+}
 
 
 def batch(model: nn.Module) -> dict[str, Tensor]:

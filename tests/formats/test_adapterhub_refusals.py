@@ -124,7 +124,7 @@ WRITTEN = {
     "some": ("bert", 'LoRA(rank=2).at("{attn.q,attn.v[0]}")', "breaks that rule"),
     "ranks": ("bert", 'LoRA(rank=2).at("attn.q") + LoRA(rank=3).at("attn.v")', "one rank and one alpha"),
     "input": ("bert", 'IA3().at("ffn.down:in")', "has it at whole linear layers"),
-    "rotary": ("llama", "PrefixTuning(length=2)", "prefixes do not act"),
+    "rotary": ("llama", "PrefixTuning(length=2)", "not those of deltatune in llama; they are in bert"),
     "dora": ("bert", "DoRA(rank=2)", "rescales the bias"),
     "inverse": ("bert", "InvertibleAdapter()", "its inverse in heads of its own"),
     "everywhere": ("bert", "LoReFT(rank=2)", "ReFT at the first and last positions"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from deltatune.core.method import Method
 from deltatune.core.site import Anatomy, Place
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.adapterhub.folder import Folder
-from deltatune.formats.adapterhub.places import layer_number
+from deltatune.formats.adapterhub.places import BERTS
 from deltatune.formats.disk import Tensors
 from deltatune.formats.parts import Part
 from deltatune.formats.paths import resolve
@@ -25,16 +26,18 @@ from deltatune.methods.combine.reparam import MLP, Reparam
 from deltatune.methods.reparameterization.dora import DoRA
 from deltatune.methods.reparameterization.lora import LoRA
 
-ELSEWHERE = {
-    "rotary": "the library's prefixes do not act",
-    "bias": "the library counts the distance of a key from the prefix on, where deltatune leaves the text's positions",
-}
-ONE_STACK = {"self_prefix": ("", "attn")}
-TWO_STACKS = {
-    "encoder_prefix": ("encoder", "attn"),
-    "self_prefix": ("decoder", "attn"),
-    "cross_prefix": ("decoder", "cross"),
-}
+LOCATION = "self_prefix"  # the library's name for the attention of a model with one stack
+
+
+def check_prefixes(parts: Anatomy) -> None:
+    """Raise `DeltaTuneError` for a family in which the library's prefixes are another function than deltatune's.
+
+    They do not act where positions are rotary, shift a T5's distances and are seen otherwise in decoders.
+    """
+    if parts.family not in BERTS:
+        raise DeltaTuneError(
+            f"prefixes of the library `adapters` are not those of deltatune in {parts.family}; they are in {', '.join(BERTS)}."
+        )
 
 
 def read_loras(model: nn.Module, parts: Anatomy, folder: Folder, found: dict[str, Tensors]) -> list[Part]:
@@ -67,36 +70,23 @@ def _lora(model: nn.Module, folder: Folder, config: dict[str, Any], path: str, h
     return Part(path, DoRA(rank, float(alpha)), leaves | {"m": held["m.weight"].flatten()})
 
 
-def prefix_places(parts: Anatomy, location: str, left_out: list[int]) -> list[Place]:
-    """Return the attentions that a location of the library's prefixes means, in their order."""
-    wanted = (TWO_STACKS if len(parts.stacks) > 1 else ONE_STACK).get(location)
-    if wanted is None:
-        raise DeltaTuneError(f"the file has a prefix at {location!r}, which this {parts.family} does not have.")
-    places = [place for place in parts.places if (place.stack, place.role) == wanted]
-    blocks = {(place.stack, place.layer): place for place in parts.places if place.role == "block"}
-    return [p for p in places if layer_number(parts, blocks[p.stack, p.layer]) not in left_out]
+def prefix_places(parts: Anatomy, left_out: Sequence[int]) -> list[Place]:
+    """Return the attentions of the blocks that are not left out, in their order."""
+    return [place for place in parts.places if place.role == "attn" and place.layer not in left_out]
 
 
 def read_prefixes(model: nn.Module, parts: Anatomy, folder: Folder, found: dict[str, Tensors]) -> list[Part]:
     """Return the prefixes of a file; the copies of the pool in every layer are left aside."""
+    check_prefixes(parts)
     config = folder.one("prefix_tuning")
     if config.get("use_gating"):
         raise folder.refuse("says use_gating=True, a gate on prefixes that is averaged over all positions of a row")
-    if parts.stacks[0].positions in ELSEWHERE:
-        raise folder.refuse(f"has a prefix, and in {parts.family} {ELSEWHERE[parts.stacks[0].positions]}")
-    (pool,) = [held for at, held in found.items() if not at.endswith(".pool")] or [{}]
-    locations: dict[str, Tensors] = {}
-    for name, tensor in pool.items():
-        location, _, rest = name.partition(".")
-        locations.setdefault(location, {})[rest] = tensor
-    found_ = []
-    for location, held in locations.items():
-        places = prefix_places(parts, location, config.get("leave_out", []))
-        found_ += _prefix(folder, config, location, places, held)
-    return found_
+    pools = [held for at, held in found.items() if not at.endswith(".pool")]
+    held = {name.removeprefix(f"{LOCATION}."): tensor for pool in pools for name, tensor in pool.items()}
+    return _prefix(folder, config, prefix_places(parts, config.get("leave_out", [])), held)
 
 
-def _prefix(folder: Folder, config: dict[str, Any], location: str, places: list[Place], held: Tensors) -> list[Part]:
+def _prefix(folder: Folder, config: dict[str, Any], places: list[Place], held: Tensors) -> list[Part]:
     n = config.get("prefix_length")
     if not isinstance(n, int) or n < 1 or not places:
         raise folder.refuse(f"says prefix_length={n!r} for {len(places)} attentions")
@@ -119,10 +109,10 @@ def _prefix(folder: Folder, config: dict[str, Any], location: str, places: list[
         if isinstance(error, DeltaTuneError):
             raise
         raise DeltaTuneError(
-            f"the prefix at {location!r} does not fit {len(places)} attentions of this model: {error}."
+            f"the prefix beside {folder.source} does not fit {len(places)} attentions of this model: {error}."
         ) from None
     pairs = zip(places, leaves, strict=True)
-    return [Part(p.path, method, own, group=location, role=p.role) for p, own in pairs]
+    return [Part(p.path, method, own, role=p.role) for p, own in pairs]
 
 
 def read_refts(model: nn.Module, parts: Anatomy, folder: Folder, found: dict[str, Tensors]) -> list[Part]:

@@ -10,6 +10,7 @@ from deltatune.core.site import Anatomy, Place
 from deltatune.errors import DeltaTuneError
 from deltatune.formats.paths import resolve
 
+BERTS = ("bert", "roberta", "xlm-roberta", "electra")
 LAYERS = {"attention_adapters": "attn", "cross_attention_adapters": "cross", "output_adapters": "ffn"}
 LAST = {"attn": "attn.o", "cross": "cross.o", "ffn": "ffn.down"}  # the layer that ends a sub-layer
 FLAGS = {"attn": "mh_adapter", "cross": "cross_adapter", "ffn": "output_adapter"}
@@ -17,7 +18,7 @@ BERT = {"attn": "attention.output.LayerNorm", "cross": "crossattention.output.La
 BART = {"attn": "self_attn_layer_norm", "cross": "encoder_attn_layer_norm", "ffn": "final_layer_norm"}
 # families with norms behind the sub-layers: their paths in a block; and those with norms before them
 BEHIND = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), BERT),
+    **dict.fromkeys(BERTS, BERT),
     "distilbert": {"attn": "sa_layer_norm", "ffn": "output_layer_norm"},
     "bart": BART,
 }
@@ -80,7 +81,7 @@ def key_of(parts: Anatomy, spot: Spot) -> str:
     """Return the path under which the library keeps the adapters of a sub-layer."""
     if parts.family in ("t5", "mt5"):
         return spot.sublayer.rpartition(".")[0]
-    if parts.family in ("bert", "roberta", "xlm-roberta", "electra"):
+    if parts.family in BERTS:
         return spot.last.rpartition(".")[0]
     name = next(name for name, kind in LAYERS.items() if kind == spot.kind)
     return f"{spot.block.path}.{name}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltatune.core.site import Place
 from deltatune.errors import DeltaTuneError
-from deltatune.formats.adapterhub.others import ELSEWHERE, ONE_STACK, TWO_STACKS
+from deltatune.formats.adapterhub.others import LOCATION, check_prefixes, prefix_places
 from deltatune.formats.adapterhub.places import layer_number
 from deltatune.formats.adapterhub.target import Target, Written, one
 from deltatune.formats.disk import Tensors
@@ -119,26 +119,18 @@ def _chosen(target: Target, paths: list[str], places: dict[str, Place]) -> dict[
 
 def write_prefixes(target: Target, seats: Sequence[Seat]) -> list[Written]:
     """Return the config and tensors of prefixes, flat or through a network for each location."""
-    stacks, numbers = target.parts.stacks, _blocks(target)
-    if stacks[0].positions in ELSEWHERE:
-        raise DeltaTuneError(f"prefixes are not written for a {target.parts.family}: {ELSEWHERE[stacks[0].positions]}.")
+    check_prefixes(target.parts)
     method = one(seats, "prefix")
     inner: Any = method.inner if isinstance(method, Reparam) else method
-    locations = TWO_STACKS if len(stacks) > 1 else ONE_STACK
-    tensors: Tensors = {}
-    used = {numbers[seat.site.stack, seat.site.layer] for seat in seats}
-    for location, (stack, role) in locations.items():
-        own = [seat for seat in seats if (seat.site.stack, seat.site.role) == (stack, role)]
-        meant = [
-            p for p in target.parts.places if (p.stack, p.role) == (stack, role) and numbers[stack, p.layer] in used
-        ]
-        if [seat.site.layer for seat in own] != [place.layer for place in meant]:
-            raise DeltaTuneError(
-                f"the library has a prefix in every attention of a block; this delta lacks some of {stack or role!r}."
-            )
-        key = f"{target.root}prefix_tuning.prefix_tunings.{target.name}.{location}."
-        tensors |= {key + name: tensor for name, tensor in _prefix(method, [seat.leaves for seat in own]).items()}
-    sizes = {"prefix_length": inner.length, "leave_out": sorted(set(numbers.values()) - used)}
+    used = {seat.site.layer for seat in seats}
+    left_out = sorted(layer for layer in range(target.parts.stacks[0].layers) if layer not in used)
+    if [seat.site.path for seat in seats] != [place.path for place in prefix_places(target.parts, left_out)]:
+        raise DeltaTuneError(
+            f"the library has one prefix in an attention; this delta has {len(seats)} in {len(used)} blocks."
+        )
+    key = f"{target.root}prefix_tuning.prefix_tunings.{target.name}.{LOCATION}."
+    tensors = {key + name: tensor for name, tensor in _prefix(method, [seat.leaves for seat in seats]).items()}
+    sizes: dict[str, Any] = {"prefix_length": inner.length, "leave_out": left_out}
     if isinstance(method, Reparam):
         through: Any = method.through
         sizes |= {"flat": False, "bottleneck_size": through.hidden}
