@@ -186,6 +186,16 @@ def test_4_bits_are_kept_from_a_form_that_no_gradient_passes():
         dt.attach(model, dt.LoRA())
 
 
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_what_bitsandbytes_has_not_rounded_yet_is_refused(kind):
+    nn_modules = pytest.importorskip("bitsandbytes.nn.modules")
+    layer = nn_modules.Linear8bitLt(64, 64, has_fp16_weights=False) if kind == "8bit" else nn_modules.Linear4bit(64, 64)
+    model = nn.Sequential(layer)
+    with pytest.raises(dt.DeltaTuneError, match=r"was not yet: call model\.to\(device\)"):
+        dt.attach(model, dt.LoRA().at("path:0"))
+    assert dt.attach(model.to("cpu"), dt.LoRA().at("path:0")).attached
+
+
 def test_the_built_in_backbone_loads_quantised():
     pytest.importorskip("torchao")
     backbone = dt.load_backbone("pebble", quantise="int8")

@@ -16,6 +16,9 @@ from deltatune.errors import DeltaTuneError, nearest
 
 GROUP = 32  # neighbouring weights of a row that share a scale in 4 bits
 WAYS = ("int8", "int4")
+NOT_YET = (
+    "bitsandbytes rounds a weight when it is moved to its device, and this one was not yet: call model.to(device)."
+)
 
 
 def quantise(model: Any, how: str) -> None:
@@ -65,11 +68,17 @@ def _rounded(new: Tensor, like: Any) -> Tensor | None:
 def _of_4_bits(weight: Any, module: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(_unpacked(weight), weight.quant_state)
+    return dequantize_4bit(_codes_of_4_bits(weight), _state(weight))
 
 
-def _unpacked(weight: Any) -> Tensor:
-    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+def _state(weight: Any) -> Any:
+    if weight.quant_state is None:
+        raise DeltaTuneError(NOT_YET)
+    return weight.quant_state
+
+
+def _codes_of_4_bits(weight: Any) -> Tensor:
+    if getattr(_state(weight), "packing_format_for_cpu", False):
         raise DeltaTuneError(
             "bitsandbytes has packed its 4-bit weights for inference on this processor, which happens at the first call "
             "in evaluation mode, and no gradient passes them any more. Load the backbone again and attach before calling it."
@@ -81,7 +90,13 @@ def _of_8_bits(weight: Any, module: Any) -> Tensor:
     from bitsandbytes.functional import int8_vectorwise_dequant
 
     scale = module.state.SCB if weight.SCB is None else weight.SCB  # the first call hands the scales on
-    return int8_vectorwise_dequant(weight.data, scale)
+    return int8_vectorwise_dequant(_codes_of_8_bits(weight), scale)
+
+
+def _codes_of_8_bits(weight: Any) -> Tensor:
+    if weight.dtype != torch.int8:
+        raise DeltaTuneError(NOT_YET)
+    return weight.data
 
 
 def _refused(new: Tensor, like: Any) -> None:
@@ -96,11 +111,9 @@ STORAGES["torchao.utils.TorchAOBaseTensor"] = Storage(
 )
 STORAGES["bitsandbytes.nn.modules.Params4bit"] = Storage(
     values=_of_4_bits,
-    codes=_unpacked,
+    codes=_codes_of_4_bits,
     store=_refused,
-    shape=lambda weight: tuple(weight.quant_state.shape),
+    shape=lambda weight: tuple(_state(weight).shape),
     settings=(("support_avx512bf16_for_cpu", False),),
 )
-STORAGES["bitsandbytes.nn.modules.Int8Params"] = Storage(
-    values=_of_8_bits, codes=lambda weight: weight.data, store=_refused
-)
+STORAGES["bitsandbytes.nn.modules.Int8Params"] = Storage(values=_of_8_bits, codes=_codes_of_8_bits, store=_refused)

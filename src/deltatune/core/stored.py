@@ -37,7 +37,8 @@ class Storage:
 
 
 STORAGES: dict[str, Storage] = {}  # by module.name of a type of tensors
-OFFLOADERS: list[Callable[[nn.Module], torch.device | None]] = []  # tell where a module computes that is empty else
+# each tells where a module computes whose parameters are elsewhere between calls, or None; `deltatune.backbones` adds one
+OFFLOADERS: list[Callable[[nn.Module], torch.device | None]] = []
 
 
 def storage(tensor: Tensor) -> Storage | None:
