@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import deltatune as dt
-from deltatune.core.attach import named
 from tests import tiny
 from tests.laws.cases import busy, output
 
@@ -24,11 +23,7 @@ def pair(model):
     delta = dt.VeRA(rank=4).at("attn.q")
     weights = busy(dt.init(delta, model, seed=1))
     with dt.attach(model, weights) as attachment:
-        drawn = {
-            name: tensor.clone()
-            for name, tensor in named(attachment.placements, attachment.leaves)
-            if name not in weights.tensors
-        }
+        drawn = {name: tensor.clone() for name, tensor in attachment.named_tensors() if name not in weights.tensors}
     assert drawn
     return weights, replace(weights, seed=2, fixed=drawn)
 

@@ -9,9 +9,6 @@ import deltatune as dt
 from tests import tiny
 from tests.laws.cases import BACKBONES, GENERATING, busy, cases, delta_of, fresh, output
 
-# what acts on every parameter meets T5's table of position biases, which is looked up once for all rows
-WHOLE = "cannot be routed, because what this module computes has no rows"
-
 
 def real(y, given, row):
     """The scores of a row's own tokens."""
@@ -29,10 +26,6 @@ def test_a_mixed_batch_equals_each_row_alone_forward_and_backward(method, name):
     model = BACKBONES[name]().double()
     given = tiny.batch(model, "left") if name == "gpt2" else tiny.batch(model)
     a, b = (busy(fresh(delta_of(method, name), model), seed) for seed in (1, 2))
-    if name == "t5" and any(p.site.path.endswith("attention_bias") for p in dt.sites(model, a.delta).placements):
-        with pytest.raises(dt.DeltaTuneError, match=WHOLE):
-            dt.pool(model, {"a": a})
-        return
     bare = output(model, **given)
     alone, gradients = {}, {}
     for key, weights, rows in (("a", a, [0]), ("b", b, [2])):
@@ -73,7 +66,7 @@ MIXTURE = {
     "prompt2": dt.PromptTuning(length=2),
     "prompt4": dt.PromptTuning(length=4) + dt.LoRA(rank=4),
     "reft": dt.LoReFT(),
-    "full": dt.Full().at("{norm,ffn.down}"),
+    "full": dt.Full(),
 }
 ROUTE = [*MIXTURE, None, "adapter", ("lora4", "prefix3"), ("prefix5", "ia3", "prompt2")]
 

@@ -42,7 +42,7 @@ def peft_single(config: Any, d_in: int = D_IN, d_out: int = D_OUT, bias: bool = 
 def leaves_of(model: nn.Module, weights: dt.Weights) -> dict[str, Tensor]:
     """Return every leaf of a delta of one method at one site as it is when attached, untrained ones included."""
     with dt.attach(model, weights) as attachment:
-        return {name.rpartition(".")[2]: tensor.detach().clone() for name, tensor in attachment._named()}
+        return {name.rpartition(".")[2]: tensor.detach().clone() for name, tensor in attachment.named_tensors()}
 
 
 def started(method: Any, size: float = 0.2, **shape: Any) -> tuple[Single, dt.Weights]:

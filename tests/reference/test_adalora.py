@@ -86,7 +86,7 @@ def test_the_ranks_that_are_left_are_those_of_peft_at_every_step(warmup, cooldow
 
 def live(attachment, name):
     """Return the live leaves of one site as attributes."""
-    return Bag({n.rpartition(".")[2]: t for n, t in attachment._named() if n.split(".")[1] == name})
+    return Bag({n.rpartition(".")[2]: t for n, t in attachment.named_tensors() if n.split(".")[1] == name})
 
 
 def test_the_penalty_is_that_of_the_paper():

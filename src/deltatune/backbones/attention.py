@@ -43,6 +43,10 @@ class AttentionPort(Port):
     def added(self, query: Tensor, scaling: float | None, call: Caller) -> Tensor | None:
         """Return what is added to the attention's output [batch, length, heads, head width]."""
 
+    def bias(self, bias: Tensor, query: Tensor) -> Tensor:
+        """Return the bias of positions [rows or 1, heads, length, keys] that the queries get."""
+        return bias
+
 
 class HeadsPort(AttentionPort):
     """heads: K -> [K_prefix; K], V -> [V_prefix; V]."""
@@ -91,6 +95,8 @@ def extend(base: Callable[..., Any]) -> Callable[..., Any]:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = _bias(module, query, kwargs["position_bias"])
         extras = _extras(module, key, value)
         if not extras:
             return _answered(module, query, base(module, query, key, value, attention_mask, **kwargs), kwargs)
@@ -103,6 +109,12 @@ def extend(base: Callable[..., Any]) -> Callable[..., Any]:
         return _answered(module, query, y, kwargs)
 
     return attention
+
+
+def _bias(module: nn.Module, query: Tensor, bias: Tensor) -> Tensor:
+    for port in module.__dict__[PORTS].heads if PORTS in module.__dict__ else ():
+        bias = port.bias(bias, query)
+    return bias
 
 
 def _answered(module: nn.Module, query: Tensor, y: tuple[Tensor, Any], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:

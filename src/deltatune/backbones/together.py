@@ -8,14 +8,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltatune.backbones.attention import AttentionPort, Caller, Extra, HeadsPort, QueriesPort
+from deltatune.backbones.attention import AttentionPort, Caller, Extra, HeadsPort, Lookup, QueriesPort
 from deltatune.backbones.positions import Positions, PositionsPort, prompting
 from deltatune.backbones.prompts import CausalPrompt, CrossMask, EncoderPrompt, Prompt, PromptHeads
 from deltatune.backbones.reader import RowPositions, by_name
 from deltatune.core.calls import Ports, run
-from deltatune.core.ports import PORTS, Call
+from deltatune.core.ports import PORTS, Call, Edit, Setting
 from deltatune.core.rows import Rows
-from deltatune.core.together import TOGETHER, Fusion, Joint, Share, StreamRows, Together
+from deltatune.core.site import anatomy
+from deltatune.core.together import (
+    ROWLESS,
+    TOGETHER,
+    Fusion,
+    Joint,
+    ModuleRows,
+    Rowless,
+    Share,
+    StreamRows,
+    Together,
+    Whole,
+)
 
 
 class PrefixRows(Together, AttentionPort):
@@ -63,6 +75,51 @@ def _as_alone(share: Share) -> Caller:
         return run(own, (x,), {}) if PORTS in module.__dict__ else module(x)
 
     return call
+
+
+class TableRows(ModuleRows):
+    """around a table of position biases, looked up once for all rows: [queries, keys, heads] of each delta side by side."""
+
+    def part(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        return args, kwargs
+
+    def whole(self, pieces: list[Tensor]) -> Tensor:
+        return torch.cat(pieces, -1)
+
+
+class BiasRows(AttentionPort):
+    """heads: each row takes its own delta's biases [heads, queries, keys] out of those that a table gave side by side."""
+
+    def __init__(self, table: TableRows) -> None:
+        self.method, self.split = table.method, table.split
+        runs = [rows for rows, _, _ in table.runs]
+        self.group = torch.zeros(self.split.total, dtype=torch.long, device=runs[0].at.device)
+        for index, rows in enumerate(runs):
+            self.group[rows.at] = index
+
+    def bias(self, bias: Tensor, query: Tensor) -> Tensor:
+        heads, times = query.shape[1], query.shape[0] // self.split.total
+        if bias.shape[1] == heads:
+            return bias
+        return bias[0].unflatten(0, (-1, heads)).index_select(0, self.group.repeat_interleave(times))
+
+
+def _attentions(model: nn.Module, table: str) -> list[nn.Module]:
+    """Return the attentions that use a table of position biases: all those of its stack."""
+    parts = anatomy(model)
+    stack = next(place.stack for place in parts.places if place.path == table.rpartition(".")[0])
+    return [model.get_submodule(p.path) for p in parts.places if p.role == "attn" and p.stack == stack]
+
+
+def _table(module: nn.Module, deltas: list[tuple[Rows, Whole]], fusion: Fusion) -> list[Edit]:
+    rows = TableRows(module, deltas, fusion)
+    users = _attentions(fusion.model, deltas[0][1][module].entries[0][1].port.site.path)
+    port = BiasRows(rows)
+    return [Edit(module, "around", rows), *(Edit(user, "heads", port) for user in users)]
+
+
+def _table_settings(model: nn.Module, table: str) -> list[Setting]:
+    return [Lookup(attention).setting() for attention in _attentions(model, table)]
 
 
 class Prompts(Prompt):
@@ -147,6 +204,7 @@ def _cross(shares: list[Share], fusion: Fusion) -> CrossMask:
     return CrossMask(prompts_of(shares, fusion), shares[0].port.names, shares[0].port.at)
 
 
+ROWLESS["relative_attention_bias"] = Rowless(_table, _table_settings)
 TOGETHER[EncoderPrompt] = Joint(_encoder, 0)
 TOGETHER[CausalPrompt] = Joint(_causal, 0)
 TOGETHER[CrossMask] = Joint(_cross, 1)

@@ -100,7 +100,7 @@ class Attachment(Link):
     def weights(self) -> Weights:
         """The current numbers, as float32 CPU copies; of sharded leaves all of them, so every process has to ask."""
         trained = {p.name(leaf) for p in self.placements for leaf, d in p.leaves.items() if d.trained}
-        held = dict(named(self.placements, self.leaves))
+        held = dict(self.named_tensors())
         now, fixed = (
             {n: values(t, self.leaves).detach().to("cpu", copy=True) for n, t in held.items() if n in names}
             for names in (trained, self._fixed)
@@ -109,7 +109,13 @@ class Attachment(Link):
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the trained tensors with their names in the weights."""
-        return ((name, t) for name, t in named(self.placements, self.leaves) if isinstance(t, nn.Parameter))
+        return ((name, t) for name, t in self.named_tensors() if isinstance(t, nn.Parameter))
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all tensors, trained or not, with their names in the weights."""
+        held: dict[str, Any] = {**self.leaves._parameters, **self.leaves._buffers}
+        names = dict.fromkeys(p.name(leaf) for p in self.placements for leaf in p.leaves)
+        return ((name, held[key(name)]) for name in names)
 
     def set(self, weights: Weights) -> None:
         """Put other numbers of the same delta in place, without touching the model's structure or a compiled graph."""
@@ -118,20 +124,13 @@ class Attachment(Link):
         check_tensors(weights, self.placements)
         held = completed(self.model, weights, self.placements)
         settle(self.model)
-        for name, tensor in named(self.placements, self.leaves):
+        for name, tensor in self.named_tensors():
             tensor.data.copy_(stored(held[name], tensor))
         self._describe(weights)
 
     def freeze(self) -> None:
         """Stop training these tensors: they stay in the model's function, and what is attached next is trained on top of them."""
         self.leaves.requires_grad_(False)
-
-
-def named(placements: list[Placement], leaves: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a delta by their names in the weights, from the module that holds them."""
-    held: dict[str, Any] = {**leaves._parameters, **leaves._buffers}
-    names = dict.fromkeys(p.name(leaf) for p in placements for leaf in p.leaves)
-    return ((name, held[key(name)]) for name in names)
 
 
 def key(name: str) -> str:

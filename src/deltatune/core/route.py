@@ -34,9 +34,9 @@ from deltatune.core.fit import check_backbone, check_tensors
 from deltatune.core.method import Method
 from deltatune.core.ports import Call, Edit
 from deltatune.core.rows import Rows
-from deltatune.core.site import ROWLESS, anatomy
+from deltatune.core.site import anatomy
 from deltatune.core.store import read
-from deltatune.core.together import Fusion, fuse
+from deltatune.core.together import ROWLESS, Fusion, fuse
 from deltatune.core.weights import Weights, fingerprint, init
 from deltatune.errors import DeltaTuneError, nearest
 
@@ -190,7 +190,7 @@ class Pool(Link):
         if len(set(wanted)) == 1 and not any(self.model in entry.here for entry in entries.values()):
             return [edit for entry in entries.values() for edit in entry.edits]
         modules = dict.fromkeys(module for entry in entries.values() for module in entry.here)
-        fusion = Fusion(len(wanted), next(self.model.parameters()).device, modules)
+        fusion = Fusion(self.model, len(wanted), next(self.model.parameters()).device, modules)
         index = {names: [i for i, row in enumerate(wanted) if row == names] for names in entries}
         deltas = [(Rows(index[n], len(wanted), fusion.device), entry.here) for n, entry in entries.items()]
         return [edit for module in modules for edit in fuse(module, deltas, fusion)]
@@ -203,7 +203,11 @@ class Pool(Link):
             for name in names:
                 placements = self._placements(self._members[name].delta)
                 more, settings = plan(self.model, placements, self._held[name], self._parts)
-                change_settings(self, settings)
+                rowless = {p.site.path for p in placements if p.site.path.rpartition(".")[2] in ROWLESS}
+                more_settings = [
+                    s for path in rowless for s in ROWLESS[path.rpartition(".")[2]].settings(self.model, path)
+                ]
+                change_settings(self, [*settings, *more_settings])
                 edits += more
                 self._uses.setdefault(name, set()).add(names)
             self._entries[names] = Entry(edits)
@@ -245,9 +249,7 @@ class Pool(Link):
             raise DeltaTuneError(f"{method} cannot be routed: {method.breaks['route']}. Attach it alone.")
         module = self.model.get_submodule(path)
         over = self.model.get_submodule(path.rpartition(".")[0]) if path else module
-        if path.rpartition(".")[2] in ROWLESS or any(
-            isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in (module, over)
-        ):
+        if any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in (module, over)):
             raise DeltaTuneError(
                 f"{method} at {path!r} cannot be routed, because what this module computes has no rows of the batch in front; "
                 "leave it out of the where."

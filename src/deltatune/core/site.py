@@ -123,7 +123,6 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 Kind = Literal["linear", "embedding", "conv", "grouped conv", "norm", "container"]
 TRANSPOSED: set[str] = set()  # class names whose weight is stored [d_in, d_out]; backbones add theirs
-ROWLESS: set[str] = set()  # names of modules whose calls have no rows of the batch in front; backbones add theirs
 
 
 @dataclass(frozen=True)

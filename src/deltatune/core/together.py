@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core.calls import Ports, run, standing
-from deltatune.core.ports import PORTS, BranchPort, Call, Edit, LadderPort, StreamPort, Verb
+from deltatune.core.ports import PORTS, BranchPort, Call, Edit, LadderPort, Setting, StreamPort, Verb
 from deltatune.core.rows import Rows, Split
 from deltatune.errors import DeltaTuneError
 
@@ -35,6 +35,7 @@ class Share:
 class Fusion:
     """What is known of a route while it is made, and what its ports have to share (a prompt that every block reads)."""
 
+    model: nn.Module
     total: int
     device: torch.device
     modules: Mapping[nn.Module, Any]
@@ -63,6 +64,17 @@ class Joint:
 TOGETHER: dict[type, Joint] = {}
 
 
+@dataclass(frozen=True)
+class Rowless:
+    """How a module is routed whose calls have no rows of the batch in front, and what it needs changed on the backbone."""
+
+    fuse: Callable[[nn.Module, list[tuple[Rows, Whole]], Fusion], list[Edit]]
+    settings: Callable[[nn.Module, str], list[Setting]]
+
+
+ROWLESS: dict[str, Rowless] = {}  # by the last part of the module's path
+
+
 def joint(port: Any) -> Joint:
     """Return how ports of this kind go together; raises `DeltaTuneError` when that is not known."""
     for kind in type(port).__mro__:
@@ -74,15 +86,22 @@ def joint(port: Any) -> Joint:
 def fuse(module: nn.Module, deltas: Sequence[tuple[Rows, Whole]], fusion: Fusion) -> list[Edit]:
     """Return the edits of one module for the deltas that have ports there, each with its own rows."""
     shares = [(rows, whole) for rows, whole in deltas if module in whole]
+    path = shares[0][1][module].entries[0][1].port.site.path if _changes_weights(module, shares) else ""
+    if (name := path.rpartition(".")[2]) in ROWLESS:
+        return ROWLESS[name].fuse(module, shares, fusion)
     verbs: tuple[Verb, ...] = ("heads",)
     edits = []
-    if any(whole[module].param for _, whole in shares):
+    if _changes_weights(module, shares):
         edits.append(Edit(module, "around", ModuleRows(module, shares, fusion)))
     else:
         verbs = ("pre", "post", "heads")
     for verb in verbs:
         edits += [Edit(module, verb, port) for port in _in_turn(module, verb, shares, fusion)]
     return edits
+
+
+def _changes_weights(module: nn.Module, shares: list[tuple[Rows, Whole]]) -> bool:
+    return any(whole[module].param for _, whole in shares)
 
 
 def _in_turn(module: nn.Module, verb: Verb, shares: list[tuple[Rows, Whole]], fusion: Fusion) -> list[Any]:
@@ -168,7 +187,15 @@ class ModuleRows(Together):
         pieces = []
         for rows, own, inside in self.runs:
             with standing(inside):
-                pieces.append(run(own, *_rows_of_call(rows, args, kwargs)))
+                pieces.append(run(own, *self.part(rows, args, kwargs)))
+        return self.whole(pieces)
+
+    def part(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Return the call for some rows."""
+        return _rows_of_call(rows, args, kwargs)
+
+    def whole(self, pieces: list[Any]) -> Any:
+        """Return the output for all rows from that of each delta, and of the rest at the end."""
         return _join_outputs(self.split, pieces)
 
 

@@ -1,9 +1,7 @@
 """T5, mT5 and UMT5: a plain feed-forward has `wi`, a gated one `wi_0` and `wi_1` (Raffel et al., 2020)."""
 
 from deltatune.backbones.anatomies import Family, Tower
-from deltatune.core.site import ROWLESS
 
-ROWLESS.add("relative_attention_bias")  # looked up once for all rows
 ROLES = {
     "attn": "layer.0.SelfAttention",
     "attn.q": "layer.0.SelfAttention.q",
