@@ -88,6 +88,14 @@ def test_pickles_and_compositions_are_refused(tmp_path):
         dt.load(bert(), folder)
 
 
+def test_a_prediction_head_is_not_left_out_in_silence(tmp_path):
+    folder = copied("bert-houlsby", tmp_path)
+    (folder / "head_config.json").write_text("{}")
+    with pytest.raises(dt.DeltaTuneError, match="holds a prediction head .* pass check=False"):
+        dt.load(bert(), folder)
+    assert len(read_adapterhub(bert(), folder, check=False).tensors) == 16
+
+
 def test_a_folder_for_another_model_or_family_is_refused(tmp_path):
     with pytest.raises(dt.DeltaTuneError, match="is for a bert, and this is t5; pass check=False"):
         read_adapterhub(t5(), DATA / "bert-houlsby")

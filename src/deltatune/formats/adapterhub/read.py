@@ -23,6 +23,7 @@ KINDS = {
     "invertible_adapters": read_invertible,
     "refts": read_refts,
 }
+HEAD = "head_config.json"
 ELSEWHERE = {
     "prompt_tuning": "its prompt stands in front of the whole row, [CLS] included and behind the norm of the embeddings, and "
     "deltatune's behind the first token and before that norm",
@@ -33,7 +34,7 @@ ELSEWHERE = {
 def read_adapterhub(model: nn.Module, folder: Path | str, check: bool = True) -> Weights:
     """Read a folder of `adapters` as weights for `model`; raises `DeltaTuneError` for what deltatune cannot compute in the same way.
 
-    `check=False` accepts a folder that was saved from another family of models.
+    `check=False` accepts a folder that was saved from another family of models, and leaves a prediction head aside.
     """
     with reading("the library adapters", folder):
         return _read_weights(model, Path(folder), check)
@@ -48,6 +49,11 @@ def _read_weights(model: nn.Module, folder: Path, check: bool) -> Weights:
             f"is for a {found.family}, and this is {parts.family}; pass check=False if their modules are the same"
         )
     _check(found)
+    if check and (folder / HEAD).is_file():
+        raise DeltaTuneError(
+            f"{folder} holds a prediction head of the library beside the adapter ({HEAD}), which is no part of this model; "
+            "pass check=False to read the adapter without it."
+        )
     kinds = split(found)
     kinds.pop("shared_parameters", None)
     read = [
