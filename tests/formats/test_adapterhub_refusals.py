@@ -88,6 +88,14 @@ def test_pickles_and_compositions_are_refused(tmp_path):
         dt.load(bert(), folder)
 
 
+def test_the_name_that_an_invertible_adapter_had_first_is_known(tmp_path):
+    folder = copied("bert-invertible", tmp_path)
+    header = json.loads((folder / "adapter_config.json").read_text())
+    header["config"] |= {"invertible_adapter": {"block_type": "nice", "reduction_factor": 2}, "inv_adapter": None}
+    (folder / "adapter_config.json").write_text(json.dumps(header))
+    assert_equal(read_adapterhub(bert(), folder), read_adapterhub(bert(), DATA / "bert-invertible"))
+
+
 def test_a_prediction_head_is_not_left_out_in_silence(tmp_path):
     folder = copied("bert-houlsby", tmp_path)
     (folder / "head_config.json").write_text("{}")

@@ -108,3 +108,16 @@ def test_what_does_not_belong_to_the_experts_is_refused(tmp_path):
     moved = dt.init(dt.PerExpert(dt.LoHa(rank=2)), tiny.mixtral())
     with pytest.raises(dt.DeltaTuneError, match="peft has LoRA alone on the weights of experts"):
         write_peft(tiny.mixtral(), moved, tmp_path / "out")
+
+
+def gpt_oss() -> torch.nn.Module:
+    """GptOssForCausalLM, whose experts are stored [experts, in, out]."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8}
+    model = tiny._llama_like("GptOss", 0, **sizes)
+    model.set_experts_implementation("eager")
+    return model
+
+
+def test_experts_that_are_stored_the_other_way_round_are_never_exchanged(tmp_path):
+    weights = assert_round_trip(tmp_path, gpt_oss, lora(target_parameters=[UP, DOWN]))
+    assert all(term.method.transposed for term in weights.delta.terms)

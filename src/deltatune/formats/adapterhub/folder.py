@@ -76,7 +76,15 @@ def read_folder(folder: Path) -> Folder:
     configs = config.get("configs", []) if config.get("architecture") == "union" else [config]
     if not isinstance(name, str) or not isinstance(configs, list) or not all(isinstance(c, dict) for c in configs):
         raise DeltaTuneError(f"{folder / CONFIG} names no adapter, or holds no configs that are objects.")
-    return Folder(folder / CONFIG, name, str(header.get("model_type", "")), tuple(configs), _tensors(folder))
+    return Folder(
+        folder / CONFIG, name, str(header.get("model_type", "")), tuple(map(_current, configs)), _tensors(folder)
+    )
+
+
+def _current(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with the names that the library has had since its second version."""
+    nested = config.get("invertible_adapter")
+    return {**config, "inv_adapter": nested.get("block_type")} if isinstance(nested, dict) else config
 
 
 def _tensors(folder: Path) -> Tensors:
