@@ -117,6 +117,14 @@ def test_ranks_that_adalora_cut_keep_their_scale(tmp_path):
         write_peft(tiny.llama(), weights, tmp_path / "c")
 
 
+def test_lokr_of_old_versions_has_no_scale(tmp_path):
+    theirs = saved(tmp_path, tiny.llama, config_of("LoKrConfig", {"r": 2, "alpha": 2, **QV}), size=0.4)
+    edited(tmp_path, alpha=5)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({n: v for n, v in json.loads(path.read_text()).items() if n != "rank_dropout_scale"}))
+    assert_same(tiny.llama, read_peft(tiny.llama(), tmp_path), theirs)
+
+
 def test_bone_is_read_as_miss(tmp_path):
     theirs = saved(tmp_path, tiny.llama, config_of("MissConfig", {"r": 6, **QV}))
     weights = read_peft(tiny.llama(), tmp_path)

@@ -60,6 +60,8 @@ class LoHaForm(Table):
 
 
 class LoKrForm(Table):
+    """peft 0.13 and older did not scale the product by alpha / r; their configs have no `rank_dropout_scale` yet."""
+
     type = "LOKR"
     methods = (LoKr,)
     names = {"C": "lokr_w1", "D": "lokr_w2", "B": "lokr_w2_a", "A": "lokr_w2_b"}
@@ -74,12 +76,15 @@ class LoKrForm(Table):
         rank = int(config.at("rank_pattern", site.path, config.whole("r", 8)))
         if "lokr_w2_a" in held:
             agree(config, "r", site.path, held["lokr_w2_a"].shape[1], rank)
-        alpha = config.at("alpha_pattern", site.path, config.number("alpha", 8))
+        scaled = "rank_dropout_scale" in config.fields
+        alpha = config.at("alpha_pattern", site.path, config.number("alpha", 8)) if scaled else rank
         return LoKr(rank, float(alpha), config.whole("decompose_factor", -1))
 
     def settings(self, seats: Sequence[Seat]) -> dict[str, Any]:
         factor = self.only("decompose_factor", (seat.method.factor for seat in seats))
-        return {**ranks_and_alphas(seats), "decompose_factor": factor, "decompose_both": False}
+        return {**ranks_and_alphas(seats), "decompose_factor": factor, "decompose_both": False} | {
+            "rank_dropout_scale": False
+        }
 
 
 class HiRAForm(Table):
