@@ -89,8 +89,40 @@ def gpt2() -> nn.Module:
     return filled(GPT2LMHeadModel(GPT2Config(**sizes, **quiet, bos_token_id=1, eos_token_id=2)))
 
 
+class Experts(nn.Module):
+    """One matrix for each of three experts, whose outputs are added up."""
+
+    def __init__(self, d_out: int, d_in: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(3, d_out, d_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("eoi,bi->bo", self.w, x)
+
+
+class Mixed(nn.Module):
+    """Experts beside a linear layer."""
+
+    def __init__(self, d_out: int, d_in: int) -> None:
+        super().__init__()
+        self.experts, self.line = Experts(d_out, d_in), nn.Linear(d_in, d_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x) + self.line(x)
+
+
+def experts() -> nn.Module:
+    """Experts whose matrices have more rows than columns."""
+    return filled(Mixed(6, 4))
+
+
+def square() -> nn.Module:
+    """Experts whose matrices are square."""
+    return filled(Mixed(5, 5))
+
+
 BUILDS: dict[str, Callable[[], nn.Module]] = {
-    build.__name__: build for build in (bert, llama, t5, roberta, distilbert, bart, gpt2)
+    build.__name__: build for build in (bert, llama, t5, roberta, distilbert, bart, gpt2, experts, square)
 }
 
 
@@ -108,7 +140,10 @@ def batch(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def scores(model: nn.Module) -> Tensor:
-    """Return the scores of the batch at every position that is not padding."""
+    """Return the scores of the batch at every position that is not padding; of experts, the output for four rows."""
+    if not hasattr(model, "config"):
+        found = next(module for module in model.modules() if isinstance(module, Experts))
+        return model(torch.randn(4, found.w.shape[2], generator=torch.Generator().manual_seed(0)))
     given = batch(model)
     y = model(**given).logits
     return y.flatten(0, 1) if "decoder_input_ids" in given else y[given["attention_mask"].bool()]
