@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import nn
 
 from deltatune.files import write_json, write_text
+from deltatune.quiet import quiet
 from deltatune.tuning.environment import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -142,6 +143,7 @@ def options(about: str) -> tuple[bool, Path]:
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module=r"peft|transformers")
+    quiet()
     return given.quick, given.out or (SCRATCH if given.quick else RESULTS)
 
 

@@ -18,7 +18,7 @@ SOURCE = ROOT / "src" / "deltatune"
 # A package may import what stands to the left of it, and itself.
 ORDER = ("core", "methods", "backbones", "formats", "tasks", "tuning", "study", "theory", "serve", "cli")
 BESIDE = {("formats", "backbones"), ("serve", "theory"), ("serve", "study"), ("theory", "study")}
-SHARED = {"errors", "files", "hub"}
+SHARED = {"errors", "files", "hub", "quiet"}
 # These stand in for a function of somebody else's, so they take what it takes.
 STAND_INS = {("core/calls.py", "_call"), ("core/calls.py", "_generate"), ("backbones/attention.py", "attention")}
 FILE_LINES, METHOD_LINES, METHOD_MEDIAN, FUNCTION_LINES = 300, 150, 60, 40

@@ -21,6 +21,7 @@ from deltatune.cli.pretrain import pretrain
 from deltatune.cli.sites import sites
 from deltatune.cli.tune import tune
 from deltatune.errors import DeltaTuneError
+from deltatune.quiet import quiet
 
 DEBUG = "DELTATUNE_DEBUG"
 MISTAKE, BUG, INTERRUPTED = 2, 1, 130
@@ -84,6 +85,7 @@ app.command("pretrain", rich_help_panel=MAKE)(pretrain)
 
 def main() -> None:
     """Run the command line: 0 done, 1 a bug in deltatune, 2 a mistake in what was asked, 130 stopped by Ctrl-C."""
+    quiet()
     try:
         app(prog_name="deltatune")
     except DeltaTuneError as error:

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from deltatune.quiet import quiet
 from deltatune.study.store import Store
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def serve(pipe: Connection, folder: str, threads: int, execute: Execute | None) 
     """Do the runs that arrive on the pipe until None arrives; answer each with ("done" | "failed" | "busy", None)."""
     # Ctrl-C reaches the whole process group; only the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet()
     store = Store(folder)
     try:
         while (run := pipe.recv()) is not None:
