@@ -141,9 +141,11 @@ WRITTEN = {
     "ranks": ("bert", 'LoRA(rank=2).at("attn.q") + LoRA(rank=3).at("attn.v")', "one rank and one alpha"),
     "input": ("bert", 'IA3().at("ffn.down:in")', "has it at whole linear layers"),
     "rotary": ("llama", "PrefixTuning(length=2)", "not those of deltatune in llama; they are in bert"),
+    "width": ("bert", "Reparam(PrefixTuning(length=2), MLP(size=8))", "MLP\\(size=16\\); .* what dt.flatten"),
     "dora": ("bert", "DoRA(rank=2)", "rescales the bias"),
     "inverse": ("bert", "InvertibleAdapter()", "its inverse in heads of its own"),
-    "everywhere": ("bert", "LoReFT(rank=2)", "ReFT at the first and last positions"),
+    "everywhere": ("bert", "LoReFT(rank=2)", "NoReFT at the first and last positions"),
+    "direct": ("bert", "AtPositions(DiReFT(rank=2), first=2)", "loads its own DiReFT as NoReFT"),
     "nothing-like": ("bert", "BitFit()", "nothing like BitFit"),
     "family": ("opt", "LoRA(rank=2)", "in opt is not known here"),
 }

@@ -59,5 +59,5 @@ def _writer(method: Any) -> int:
             return index
     raise DeltaTuneError(
         f"the library `adapters` has nothing like {method}; written are bottlenecks, Compacter, InvertibleAdapter, LoRA, DoRA, IA3, "
-        "PrefixTuning, and LoReFT, NoReFT and DiReFT at positions."
+        "PrefixTuning, and LoReFT and NoReFT at positions."
     )

@@ -15,7 +15,6 @@ from deltatune.formats.adapterhub.places import layer_number
 from deltatune.formats.adapterhub.target import Target, Written, one
 from deltatune.formats.disk import Tensors
 from deltatune.formats.seats import Seat
-from deltatune.methods.addition.direft import DiReFT
 from deltatune.methods.addition.ia3 import IA3
 from deltatune.methods.addition.loreft import LoReFT
 from deltatune.methods.addition.noreft import NoReFT
@@ -129,7 +128,7 @@ def write_prefixes(target: Target, seats: Sequence[Seat]) -> list[Written]:
             f"the library has one prefix in an attention; this delta has {len(seats)} in {len(used)} blocks."
         )
     key = f"{target.root}prefix_tuning.prefix_tunings.{target.name}.{LOCATION}."
-    tensors = {key + name: tensor for name, tensor in _prefix(method, [seat.leaves for seat in seats]).items()}
+    tensors = {key + name: tensor for name, tensor in _prefix(target, method, [seat.leaves for seat in seats]).items()}
     sizes: dict[str, Any] = {"prefix_length": inner.length, "leave_out": left_out}
     if isinstance(method, Reparam):
         through: Any = method.through
@@ -137,13 +136,16 @@ def write_prefixes(target: Target, seats: Sequence[Seat]) -> list[Written]:
     return [(PREFIX | sizes, tensors)]
 
 
-def _prefix(method: Any, own: list[Tensors]) -> Tensors:
+def _prefix(target: Target, method: Any, own: list[Tensors]) -> Tensors:
     """Return the tensors of one location."""
     if not isinstance(method, Reparam):
         return {"control_trans": torch.stack([torch.stack([p["K"], p["V"]], 1) for p in own], 1).flatten()}
+    if not isinstance(method.through, MLP) or method.through.size != target.hidden:
+        raise DeltaTuneError(
+            f"the library has prefixes through an MLP as wide as the model, MLP(size={target.hidden}); this delta has {method}. "
+            "Write what dt.flatten(model, weights) makes of it."
+        )
     first = own[0]
-    if not isinstance(method.through, MLP) or method.through.size != first["E"].shape[1]:
-        raise DeltaTuneError(f"the library has prefixes through an MLP; this delta has {method}.")
     outer = {end: torch.cat([p[f"{end}_{side}"] for p in own for side in "KV"]) for end in "Wb"}
     inner = {"wte.weight": first["E"], "control_trans.0.weight": first["W"], "control_trans.0.bias": first["b"]}
     return inner | {"control_trans.2.weight": outer["W"], "control_trans.2.bias": outer["b"]}
@@ -158,8 +160,11 @@ def write_refts(target: Target, seats: Sequence[Seat]) -> list[Written]:
     """Return the config and tensors of ReFT: one unit for both ends of a text, or one for each."""
     methods = list(dict.fromkeys(seat.method for seat in seats))
     for method in methods:
-        if not isinstance(method, AtPositions) or not isinstance(method.inner, LoReFT | NoReFT | DiReFT):
-            raise DeltaTuneError(f"the library has ReFT at the first and last positions; this delta has {method}.")
+        if not isinstance(method, AtPositions) or not isinstance(method.inner, LoReFT | NoReFT):
+            raise DeltaTuneError(
+                "the library has LoReFT and NoReFT at the first and last positions, and loads its own DiReFT as NoReFT, as its files "
+                f"do not tell them apart; this delta has {method}."
+            )
     kinds = {(type(method.inner), method.inner.rank) for method in methods}
     spans = [(method.first, method.last) for method in methods]
     ends = len(methods) == 2 and spans[0][1] == 0 == spans[1][0]
@@ -181,11 +186,7 @@ def write_refts(target: Target, seats: Sequence[Seat]) -> list[Written]:
         "suffix_positions": last,
         "tied_weights": not ends,
     }
-    kind = {
-        "r": inner.rank,
-        "orthogonality": isinstance(inner, LoReFT),
-        "subtract_projection": not isinstance(inner, DiReFT),
-    }
+    kind = {"r": inner.rank, "orthogonality": isinstance(inner, LoReFT)}
     return [(REFT | fields | kind, tensors)]
 
 
