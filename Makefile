@@ -1,8 +1,9 @@
-# Every target sets up .venv first when it is not there. It needs Python 3.11 or newer, nothing else.
+# Every target sets up .venv first when it is not there, and `test` .venv-adapters, where the library `adapters` has the older
+# transformers that it needs. Python 3.11 or newer is needed, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+ADAPTERS := .venv-adapters/.ready
 STUDY := studies/quick.toml
 OUT := studies/out/quick
 ARGS ?=
@@ -18,7 +19,7 @@ study: $(READY) ## compare delta methods on the built-in backbone and write the 
 	$(BIN)/deltatune study run $(STUDY) --out $(OUT)
 	$(BIN)/deltatune study report $(OUT)
 
-test: $(READY) ## run the tests; ARGS="-k lora" narrows them
+test: $(READY) $(ADAPTERS) ## run the tests; ARGS="-k lora" narrows them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(READY) ## check style, formatting and types
@@ -31,20 +32,32 @@ bench: $(READY) ## time attaching, training steps and mixed batches against peft
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/route.py
 
-lock: $(READY) ## resolve requirements.lock anew; ARGS="--upgrade" takes newer versions
-	$(BIN)/uv pip compile pyproject.toml --extra dev --constraints requirements-torch.txt --no-emit-package torch \
-		--universal --python-version 3.11 --generate-hashes --no-header --quiet --output-file requirements.lock $(ARGS)
+RESOLVE := $(BIN)/uv pip compile --constraints requirements-torch.txt --no-emit-package torch --universal --python-version 3.11 \
+	--generate-hashes --no-header --quiet
 
-clean: ## remove .venv and caches; the results in studies/out stay
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+lock: $(READY) ## resolve both locks anew; ARGS="--upgrade" takes newer versions
+	$(RESOLVE) pyproject.toml --extra dev --output-file requirements.lock $(ARGS)
+	$(RESOLVE) requirements-adapters.in --output-file requirements-adapters.lock $(ARGS)
+
+clean: ## remove both environments and caches; the results in studies/out stay
+	rm -rf .venv .venv-adapters build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The lock pins everything but torch, whose build (CPU, CUDA) is the machine's own choice: pip takes the one it is set up for.
+# A lock pins everything but torch, whose build (CPU, CUDA) is the machine's own choice: pip takes the one it is set up for.
+# $(call environment,FOLDER,LOCK)
+define environment
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deltatune needs Python 3.11 or newer: make PYTHON=python3.11")'
+@echo "Setting up $(1) (once, a few minutes)"
+@$(PYTHON) -m venv $(1)
+@$(1)/bin/python -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps -r $(2)
+@$(1)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements-torch.txt
+endef
+
 $(READY): requirements.lock requirements-torch.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deltatune needs Python 3.11 or newer: make PYTHON=python3.11")'
-	@echo "Setting up .venv (once, a few minutes)"
-	@$(PYTHON) -m venv .venv
-	@$(PIP) install --quiet --require-hashes --no-deps -r requirements.lock
-	@$(PIP) install --quiet -r requirements-torch.txt
-	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
-	@touch $(READY)
+	$(call environment,.venv,requirements.lock)
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(ADAPTERS): requirements-adapters.lock requirements-torch.txt
+	$(call environment,.venv-adapters,requirements-adapters.lock)
+	@touch $@

@@ -242,8 +242,9 @@ def test_no_file_names_a_machine() -> None:
     assert wrong == []
 
 
-def test_the_lock_leaves_the_torch_build_to_the_machine() -> None:
-    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+@pytest.mark.parametrize("file", ["requirements.lock", "requirements-adapters.lock"])
+def test_a_lock_leaves_the_torch_build_to_the_machine(file: str) -> None:
+    lock = (ROOT / file).read_text(encoding="utf-8")
     pinned = re.findall(r"^([a-z0-9-]+)==", lock, re.MULTILINE)
     assert "transformers" in pinned
     assert [package for package in pinned if re.match(r"(torch|triton|nvidia-.*|cuda-.*)$", package)] == []

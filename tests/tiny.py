@@ -135,6 +135,11 @@ def roberta(seed: int = 0) -> nn.Module:
     return _bert_like("Roberta", seed, pad_token_id=1, bos_token_id=0, eos_token_id=2)
 
 
+def xlm_roberta(seed: int = 0) -> nn.Module:
+    """XLMRobertaForMaskedLM."""
+    return _bert_like("XLMRoberta", seed, pad_token_id=1, bos_token_id=0, eos_token_id=2)
+
+
 def electra(seed: int = 0) -> nn.Module:
     """ElectraForMaskedLM: embeddings half as wide as the blocks."""
     return _bert_like("Electra", seed, embedding_size=WIDTH // 2)
@@ -226,7 +231,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     f.__name__: f
     for f in (
         llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, phi, phi3, gpt2, gpt_neox, opt,
-        bert, roberta, electra, distilbert, t5, mt5, umt5, bart, mbart,
+        bert, roberta, xlm_roberta, electra, distilbert, t5, mt5, umt5, bart, mbart,
     )
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from tests import tiny
 
 EVERYWHERE = {"embed", "block", "attn", "attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down", "norm", "head"}
 GATED = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "t5", "mt5", "umt5"}
-NO_FFN_MODULE = {"opt", "bert", "roberta", "electra", "bart", "mbart"}
+NO_FFN_MODULE = {"opt", "bert", "roberta", "xlm_roberta", "electra", "bart", "mbart"}
 TWO_STACKS = {"t5", "mt5", "umt5", "bart", "mbart"}
 NORMS = {"llama": 7, "qwen3": 9, "gemma2": 9, "gemma3": 13, "phi": 3, "t5": 12, "mbart": 14, "bart": 12}
 
@@ -267,4 +267,4 @@ def test_gpt2_cross_attention_is_packed_in_two() -> None:
 
 def test_soft_prompts_go_behind_the_first_token_of_encoders_like_bert_only() -> None:
     behind = {name for name, build in tiny.FAMILIES.items() if anatomy(build()).stacks[0].prompt_at == 1}
-    assert behind == {"bert", "roberta", "electra", "distilbert"}
+    assert behind == {"bert", "roberta", "xlm_roberta", "electra", "distilbert"}

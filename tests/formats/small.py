@@ -139,11 +139,11 @@ def batch(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def scores(model: nn.Module) -> Tensor:
-    """Return the scores of the batch at every position that is not padding; of experts, the output for four rows."""
+def scores(model: nn.Module, given: dict[str, Tensor] | None = None) -> Tensor:
+    """Return the scores of a batch at every position that is not padding; of experts, the output for four rows."""
     if not hasattr(model, "config"):
         found = next(module for module in model.modules() if isinstance(module, Experts))
         return model(torch.randn(4, found.w.shape[2], generator=torch.Generator().manual_seed(0)))
-    given = batch(model)
+    given = given or batch(model)
     y = model(**given).logits
     return y.flatten(0, 1) if "decoder_input_ids" in given else y[given["attention_mask"].bool()]

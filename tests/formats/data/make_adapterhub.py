@@ -1,7 +1,8 @@
 """Make the folders of `adapterhub/` with the library itself: adapters 1.3.0, transformers 4.57.6, torch 2.13.0.
 
-Run from the root of the repository, in an environment that has these: `PYTHONPATH=. python tests/formats/data/make_adapterhub.py`.
-Each folder holds what `save_adapter` writes, as safetensors, and `scores.safetensors`, what the library's model computes.
+Run from the root of the repository: `PYTHONPATH=. .venv-adapters/bin/python tests/formats/data/make_adapterhub.py`.
+Each folder holds what `save_adapter` writes, as safetensors, and `scores.safetensors`, what the library's model computes; its
+name begins with the backbone's in `small.py`.
 """
 
 from __future__ import annotations
@@ -13,61 +14,57 @@ from typing import Any
 import adapters  # type: ignore[import-not-found]
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from tests.formats.small import BUILDS, scores
+from tests.formats.small import BUILDS, batch, scores
 
 HERE = Path(__file__).parent / "adapterhub"
 BN = {"reduction_factor": 4}
-CASES: dict[str, tuple[str, Any]] = {
-    "bert-houlsby": ("bert", adapters.DoubleSeqBnConfig(**BN)),
-    "bert-pfeiffer": ("bert", adapters.SeqBnConfig(**BN, leave_out=[0])),
-    "bert-invertible": ("bert", adapters.SeqBnInvConfig(**BN)),
-    "bert-parallel": ("bert", adapters.ParBnConfig(**BN)),
-    "bert-plus": ("bert", adapters.AdapterPlusConfig(**BN, stochastic_depth=0.0)),
-    "bert-compacter": ("bert", adapters.CompacterConfig(reduction_factor=4)),
-    "bert-phm": (
-        "bert",
-        adapters.CompacterPlusPlusConfig(reduction_factor=2, non_linearity="gelu_new", original_ln_before=False),
+CASES: dict[str, Any] = {
+    "bert-houlsby": adapters.DoubleSeqBnConfig(**BN),
+    "bert-pfeiffer": adapters.SeqBnConfig(**BN, leave_out=[0]),
+    "bert-invertible": adapters.SeqBnInvConfig(**BN),
+    "bert-parallel": adapters.ParBnConfig(**BN),
+    "bert-plus": adapters.AdapterPlusConfig(**BN, stochastic_depth=0.0),
+    "bert-compacter": adapters.CompacterConfig(reduction_factor=4),
+    "bert-phm": adapters.CompacterPlusPlusConfig(
+        reduction_factor=2, non_linearity="gelu_new", original_ln_before=False
     ),
-    "bert-lora": ("bert", adapters.LoRAConfig(r=2, alpha=6, intermediate_lora=True)),
-    "llama-dora": ("llama", adapters.DoRAConfig(r=2, alpha=2)),
-    "bert-ia3": ("bert", adapters.IA3Config()),
-    "bert-prefix": ("bert", adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=5)),
-    "bert-flat": ("bert", adapters.PrefixTuningConfig(prefix_length=3, flat=True)),
-    "bert-reft": ("bert", adapters.LoReftConfig(r=2, prefix_positions=2, suffix_positions=1)),
-    "bert-mam": (
-        "bert",
-        adapters.ConfigUnion(
-            adapters.PrefixTuningConfig(prefix_length=2, flat=True),
-            adapters.ParBnConfig(reduction_factor=8, scaling=2.0),
-        ),
+    "bert-lora": adapters.LoRAConfig(r=2, alpha=6, intermediate_lora=True),
+    "llama-dora": adapters.DoRAConfig(r=2, alpha=2),
+    "bert-ia3": adapters.IA3Config(),
+    "bert-prefix": adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=5),
+    "bert-flat": adapters.PrefixTuningConfig(prefix_length=3, flat=True),
+    "bert-reft": adapters.LoReftConfig(r=2, prefix_positions=2, suffix_positions=1),
+    "bert-mam": adapters.ConfigUnion(
+        adapters.PrefixTuningConfig(prefix_length=2, flat=True),
+        adapters.ParBnConfig(reduction_factor=8, scaling=2.0),
     ),
-    "llama-houlsby": ("llama", adapters.DoubleSeqBnConfig(**BN)),
-    "llama-pfeiffer": ("llama", adapters.SeqBnConfig(**BN)),
-    "llama-invertible": ("llama", adapters.SeqBnInvConfig(**BN)),
-    "llama-lora": ("llama", adapters.LoRAConfig(r=2, alpha=6, attn_matrices=["q", "k", "v"])),
-    "llama-noreft": ("llama", adapters.NoReftConfig(r=2, prefix_positions=2, tied_weights=True)),
-    "roberta-pfeiffer": ("roberta", adapters.SeqBnConfig(**BN)),
-    "distilbert-parallel": ("distilbert", adapters.ParBnConfig(**BN)),
-    "bart-houlsby": ("bart", adapters.DoubleSeqBnConfig(**BN, cross_adapter=True)),
-    "gpt2-pfeiffer": ("gpt2", adapters.SeqBnConfig(**BN)),
-    "t5-houlsby": ("t5", adapters.DoubleSeqBnConfig(**BN, cross_adapter=True)),
-    "t5-pfeiffer": ("t5", adapters.SeqBnConfig(**BN)),
-    "t5-lora": ("t5", adapters.LoRAConfig(r=2, alpha=6)),
-    "t5-ia3": ("t5", adapters.IA3Config()),
+    "llama-houlsby": adapters.DoubleSeqBnConfig(**BN),
+    "llama-pfeiffer": adapters.SeqBnConfig(**BN),
+    "llama-invertible": adapters.SeqBnInvConfig(**BN),
+    "llama-lora": adapters.LoRAConfig(r=2, alpha=6, attn_matrices=["q", "k", "v"]),
+    "llama-noreft": adapters.NoReftConfig(r=2, prefix_positions=2, tied_weights=True),
+    "roberta-pfeiffer": adapters.SeqBnConfig(**BN),
+    "distilbert-parallel": adapters.ParBnConfig(**BN),
+    "bart-houlsby": adapters.DoubleSeqBnConfig(**BN, cross_adapter=True),
+    "gpt2-pfeiffer": adapters.SeqBnConfig(**BN),
+    "t5-houlsby": adapters.DoubleSeqBnConfig(**BN, cross_adapter=True),
+    "t5-pfeiffer": adapters.SeqBnConfig(**BN),
+    "t5-lora": adapters.LoRAConfig(r=2, alpha=6),
+    "t5-ia3": adapters.IA3Config(),
 }
 
 
 @torch.no_grad()
-def make(name: str, build: str, config: Any) -> None:
-    """Write one folder."""
-    model = BUILDS[build]()
+def make(model: Any, given: dict[str, Tensor], config: Any, folder: Path) -> None:
+    """Add an adapter to a model, move it away from its start, and write its folder with the scores of a batch."""
     adapters.init(model)
     torch.manual_seed(0)  # from which the library draws the start
     model.add_adapter("foo", config=config)
     model.set_active_adapters("foo")
     generator = torch.Generator().manual_seed(3)
-    before = scores(model)
+    before = scores(model, given)
     for key, tensor in model.named_parameters():
         if ".foo." in key or "shared_parameters" in key:
             noise = 0.2 * torch.randn(tensor.shape, generator=generator)
@@ -75,11 +72,12 @@ def make(name: str, build: str, config: Any) -> None:
                 noise.fill_diagonal_(0)  # which holds signs, as whole numbers, and is not trained
             tensor.add_(noise)
     model.eval()
-    found = scores(model)
-    assert (found - before).abs().max() > 1e-2, name
-    shutil.rmtree(HERE / name, ignore_errors=True)
-    save(model, HERE / name)
-    save_file({"scores": found.contiguous()}, HERE / name / "scores.safetensors")
+    found = scores(model, given)
+    assert (found - before).abs().max() > 1e-2, folder.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(exist_ok=True)
+    save(model, folder)
+    save_file({"scores": found.contiguous()}, folder / "scores.safetensors")
 
 
 def save(model: Any, folder: Path) -> None:
@@ -96,8 +94,9 @@ def save(model: Any, folder: Path) -> None:
 
 def main() -> None:
     """Write every folder."""
-    for name, (build, config) in CASES.items():
-        make(name, build, config)
+    for name, config in CASES.items():
+        model = BUILDS[name.partition("-")[0]]()
+        make(model, batch(model), config, HERE / name)
 
 
 if __name__ == "__main__":
