@@ -17,7 +17,11 @@ def changed(W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
 def routed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     """Return y + scale (x A^T) B^T, which needs no matrix of the weight's size; A and B may be each row's own [rows, ...]."""
     h = x.to(y.dtype) @ A.mT
-    return torch.baddbmm(y, h, B.mT, alpha=scale) if B.dim() == 3 else y + (h @ B.mT) * scale
+    if B.dim() == 2:
+        return y + (h @ B.mT) * scale
+    if torch.is_grad_enabled():
+        return torch.baddbmm(y, h, B.mT, alpha=scale)
+    return y.baddbmm_(h, B.mT, alpha=scale)  # the layer's own output, which nobody else reads: it saves a copy
 
 
 def affine(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
