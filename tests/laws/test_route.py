@@ -159,3 +159,32 @@ def test_a_compiled_model_sees_routes_and_keeps_its_graph_for_another_of_the_sam
             if route == ["b", "a", "d"]:
                 assert after == before
     torch.testing.assert_close(compiled(**given).logits, output(model, **given), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_checkpointed_blocks_run_again_under_their_route(name):
+    gradients = []
+    for checkpointed in (False, True):
+        model, weights, given = mixture(name, "right", torch.float32)
+        model.train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with dt.pool(model, weights, train=True) as pool, pool.route(ROUTE):
+            output(model, **given).float().square().mean().backward()
+            gradients.append({f"{k} {n}": p.grad for k in weights for n, p in pool[k].named_parameters()})
+    for leaf, gradient in gradients[0].items():
+        again = gradients[1][leaf]
+        assert (again is None) == (gradient is None), leaf
+        if gradient is not None:
+            torch.testing.assert_close(again, gradient, rtol=1e-4, atol=1e-6, msg=leaf)
+
+
+def test_a_checkpointed_backward_pass_outside_its_route_is_an_error():
+    model, weights, given = mixture("llama", "right", torch.float32)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with dt.pool(model, {"a": weights["lora8"], "b": weights["adapter"]}, train=True) as pool:
+        with pool.route(["a", "b", None]):
+            loss = output(model, **{name: tensor[:3] for name, tensor in given.items()}).square().mean()
+        with pytest.raises(torch.utils.checkpoint.CheckpointError):
+            loss.backward()

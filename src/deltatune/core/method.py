@@ -112,7 +112,7 @@ class OnLinear(Method):
         return b
 
     def output(self, p: Any, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        """Return x W'^T + b' [..., d_out] by the cheapest road; `y` is the layer's own output for `x` [..., d_in]."""
+        """Return x W'^T + b' [..., d_out] by the cheapest road; `y` is the layer's own output for `x` [..., d_in], to be used up."""
         return F.linear(x, self.weight(p, base.weight), self.bias(p, base.bias))
 
 
