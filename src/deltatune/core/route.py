@@ -90,6 +90,9 @@ class Member(Attachment):
     def set(self, weights: Weights) -> None:
         raise DeltaTuneError(f"{self.name!r} is a member of a pool; remove it and add the other weights.")
 
+    def __repr__(self) -> str:
+        return f"<member {self.name}: {self.what}>"
+
 
 class Pool(Link):
     """Many weights for one backbone; `route` chooses among them for each row of a batch. Made by `pool`."""
