@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from deltatune.core.join import join
     from deltatune.core.merge import Merged, merge, merge_
     from deltatune.core.report import Report
-    from deltatune.core.rounding import rounding
     from deltatune.core.route import Pool, pool
     from deltatune.core.store import load, save
     from deltatune.core.task_vectors import dare, magnitude_prune, task_arithmetic, ties
@@ -51,7 +50,6 @@ _HOMES = {
     "core.route": ("Pool", "pool"),
     "core.merge": ("Merged", "merge", "merge_"),
     "core.report": ("Report",),
-    "core.rounding": ("rounding",),
     "core.store": ("load", "save"),
     "core.task_vectors": ("dare", "magnitude_prune", "task_arithmetic", "ties"),
     "core.trace": ("Trace", "trace"),

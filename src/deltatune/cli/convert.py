@@ -11,7 +11,7 @@ from deltatune.cli.source import On, fitted, needed
 from deltatune.errors import DeltaTuneError, nearest
 
 if TYPE_CHECKING:
-    from deltatune.core.convert import Report
+    from deltatune.core.report import Report
 
 TOLERANCE = 1e-3  # that of core.convert, which loads torch
 

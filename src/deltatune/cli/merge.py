@@ -15,6 +15,7 @@ from deltatune.errors import DeltaTuneError, nearest
 if TYPE_CHECKING:
     from torch import nn
 
+    from deltatune.core.report import Report
     from deltatune.core.weights import Weights
 
 TOLERANCE = 0.05  # bfloat16 has 8 bits of mantissa, which cost a trained delta a percent or so
@@ -70,8 +71,7 @@ def merge(
         base = load(backbone, kind)
         each = [fitted(path, base.model) for path in weights]
         what = each[0] if combine is None else _combined(base.model, each, combine, factors, density, seed)
-        error = _rounded(base.model, what, untie, kind, tolerance)
-        merge_(base.model, what, untie)
+        error = _lost(merge_(base.model, what, untie, tolerance=tolerance).report, kind)
         write_backbone(base, folder, kind)
         deltas = [{"delta": str(w.delta), "weight": factor} for w, factor in zip(each, factors, strict=True)]
         made = {"backbone": backbone, "deltas": deltas, "combine": combine, "error": error}
@@ -79,13 +79,10 @@ def merge(
     typer.echo(f"Wrote {out}: {backbone} with {' and '.join(str(w.delta) for w in each)}, in {kind}.")
 
 
-def _rounded(model: nn.Module, weights: Weights, untie: bool, dtype: str, tolerance: float) -> float:
+def _lost(report: Report, dtype: str) -> float:
     """Print what rounding costs and return the largest error; raises `DeltaTuneError` above the tolerance."""
-    from deltatune.core.convert import refuse
-    from deltatune.core.merge import merge
-    from deltatune.core.rounding import rounding
+    from deltatune.core.report import refuse
 
-    report = rounding(model, weights, merge(model, weights, untie), tolerance)
     show(report)
     refuse(report, f"{dtype} cannot hold it; write --dtype float32, keep it attached, or allow more by --tolerance.")
     return report.error
