@@ -188,3 +188,27 @@ def test_a_checkpointed_backward_pass_outside_its_route_is_an_error():
             loss = output(model, **{name: tensor[:3] for name, tensor in given.items()}).square().mean()
         with pytest.raises(torch.utils.checkpoint.CheckpointError):
             loss.backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_every_family_keeps_the_rows_of_a_mixed_batch_apart(name, padding):
+    model = tiny.FAMILIES[name]()
+    weights = {}
+    for seed, key in enumerate(
+        ("lora4", "lora4b", "ia3", "adapter", "parallel", "prefix3", "prompt2", "prompt4", "full")
+    ):
+        weights[key] = busy(fresh(MIXTURE[key], model), seed)
+    route = [*weights, None, ("lora4", "prefix3"), ("prompt2", "ia3")]
+    rows = torch.arange(len(route)) % 3
+    given = {key: tensor[rows] for key, tensor in tiny.batch(model, padding).items()}
+    with dt.pool(model, weights) as pool, pool.route(route):
+        mixed = output(model, **given)
+    for row, entry in enumerate(route):
+        links = attached(model, weights, entry)
+        short = {key: tensor[row : row + 1] for key, tensor in given.items()}
+        alone, found = real(output(model, **short), short, 0), real(mixed, given, row)
+        torch.testing.assert_close(found, alone, rtol=1e-5, atol=2e-5, msg=f"{entry}")
+        for link in links:
+            link.detach()

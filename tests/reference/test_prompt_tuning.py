@@ -9,7 +9,7 @@ import torch
 
 import deltatune as dt
 from tests import tiny
-from tests.laws.cases import BACKBONES, output
+from tests.laws.cases import BACKBONES, busy, output
 from tests.reference.compare import TOLERANCE, batch_of, copied, moved, scores
 
 P = 4
@@ -165,3 +165,14 @@ def test_a_backbone_with_a_prompt_is_copied_after_a_training_step(name):
     twin = copy.deepcopy(model)
     with torch.no_grad():
         assert torch.equal(output(twin), output(model))
+
+
+@torch.no_grad()
+def test_positions_that_are_counted_from_the_padding_stay_so_with_a_prompt():
+    model = tiny.roberta()
+    given = tiny.batch(model, "left")
+    with dt.attach(model, busy(dt.init(dt.PromptTuning(length=4), model))):
+        scores = model(**given).logits
+        for row, mask in enumerate(given["attention_mask"].bool()):
+            alone = model(**{name: tensor[row : row + 1, mask] for name, tensor in given.items()}).logits[0]
+            torch.testing.assert_close(scores[row][mask], alone, rtol=0, atol=1e-5)

@@ -40,6 +40,7 @@ class Prompt(Port):
         self.layers: dict[str, Extra] = {}
         self.running = False
         self.ragged = False  # whether rows have prompts of their own
+        self.padding = padding_of(model, stack)
         with torch.no_grad():
             self.length = self.method.tokens(tensors(torch.float32)).shape[0]
 
@@ -71,6 +72,19 @@ class Prompt(Port):
             self.running = False
             for layer in kept:
                 layer.gradient_checkpointing = True
+
+
+def padding_of(model: nn.Module, stack: Stack) -> int | None:
+    """Return the id from which a stack counts its positions, over tokens that have another one (RoBERTa), or None elsewhere."""
+    beside = (stack.embed or "").rpartition(".")[0]
+    table: Any = model.get_submodule(beside)._modules.get("position_embeddings") if beside else None
+    return table.padding_idx if isinstance(table, nn.Embedding) else None
+
+
+def counted(ids: Tensor, padding: int) -> Tensor:
+    """Return the positions that such a stack gives token ids [batch, length], which it cannot tell from their embeddings."""
+    real = ids.ne(padding).long()
+    return real.cumsum(1) * real + padding
 
 
 class CausalPrompt:
@@ -127,6 +141,8 @@ class EncoderPrompt:
         ids, embeds = given.pop("input_ids", None), given.pop("inputs_embeds", None)
         if embeds is None:
             embeds = self.prompt.embed(ids)
+            if self.prompt.padding is not None and given.get("position_ids") is None:
+                given["position_ids"] = counted(ids, self.prompt.padding)
         tokens = rows_of(self.prompt.embeddings(embeds.dtype), embeds)
         lengths = rows_of(self.prompt.lengths(embeds.device), embeds)
         if given.get("attention_mask") is None and self.prompt.ragged:

@@ -129,7 +129,7 @@ class Prompts(Prompt):
         self.prompts = [share.port.prompt for share in shares]
         first, own = self.prompts[0], [prompt.length for prompt in self.prompts]
         self.site, self.method, self.stack = first.site, first.method, first.stack
-        self.embed, self.blocks, self.names = first.embed, first.blocks, first.names
+        self.embed, self.blocks, self.names, self.padding = first.embed, first.blocks, first.names, first.padding
         self.layers, self.running, self.ragged, self.length = {}, False, True, max(own)
         self.rows, self.split = [share.rows for share in shares], fusion.split(shares)
         self.own = lengths_of(self.rows, own, fusion.device)

@@ -49,6 +49,11 @@ class Rows:
         return chosen.flatten(0, 1)
 
 
+def _by_row(piece: Tensor, count: int) -> Tensor:
+    """Return a piece as [count, n, ...]; one row is for all of them."""
+    return piece.expand(count, *piece.shape[1:])[:, None] if piece.shape[0] == 1 else piece.unflatten(0, (count, -1))
+
+
 class Split:
     """A route's rows by whom they belong to; some may belong to nobody."""
 
@@ -71,6 +76,6 @@ class Split:
         if self.parts[0].whole:
             return pieces[0]
         counts = [part.count for part in (*self.parts, self.rest) if part.count]
-        wide = [piece.unflatten(0, (count, -1)) for piece, count in zip(pieces, counts, strict=True)]
+        wide = [_by_row(piece, count) for piece, count in zip(pieces, counts, strict=True)]
         joined = torch.cat(wide)
         return (joined if self.sorted else joined.index_select(0, self.back)).flatten(0, 1)

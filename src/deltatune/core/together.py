@@ -208,16 +208,19 @@ def _alone(module: nn.Module, whole: Whole) -> Ports:
 
 
 def _rows_of_call(rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    count = next((v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), 1)
+    """Return a call for some rows: of the first tensor, and of all others that have as many rows and are no mask for all."""
+    first = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
 
     def take(value: Any) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, Tensor):
-            return rows.take(value) if value.dim() and value.shape[0] == count else value
+            own = value is first or (value.dim() > 1 and value.shape[0] == first.shape[0])
+            return rows.take(value) if own else value
         raise DeltaTuneError(f"a {type(value).__name__} among the arguments of a module cannot be taken apart by rows.")
 
-    return tuple(map(take, args)), {name: take(value) for name, value in kwargs.items()}
+    shared = {name: value for name, value in kwargs.items() if name == "attn_mask"}  # torch's mask is one for all rows
+    return tuple(map(take, args)), {**{name: take(value) for name, value in kwargs.items()}, **shared}
 
 
 def _join_outputs(split: Split, pieces: list[Any]) -> Any:
