@@ -199,3 +199,9 @@ def test_attention_whose_rows_are_not_in_front_is_refused_by_name():
 
     with pytest.raises(dt.DeltaTuneError, match="'attention.out_proj' cannot be routed.* no rows"):
         dt.pool(Model(), {"a": dt.LoRA(rank=2).at("path:attention.out_proj")})
+
+
+def test_a_hidden_state_without_rows_is_refused_by_name():
+    delta = dt.Adapter(size=2).at("path:encoder.block.0.layer.0.SelfAttention.relative_attention_bias")
+    with pytest.raises(dt.DeltaTuneError, match="'encoder.block.0.*relative_attention_bias' cannot be routed"):
+        dt.pool(tiny.t5(), {"a": delta})

@@ -113,9 +113,10 @@ def _attentions(model: nn.Module, table: str) -> list[nn.Module]:
 
 def _table(module: nn.Module, deltas: list[tuple[Rows, Whole]], fusion: Fusion) -> list[Edit]:
     rows = TableRows(module, deltas, fusion)
-    users = _attentions(fusion.model, deltas[0][1][module].entries[0][1].port.site.path)
-    port = BiasRows(rows)
-    return [Edit(module, "around", rows), *(Edit(user, "heads", port) for user in users)]
+    port = next(port for _, whole in deltas for _, ports in whole[module].param for port in ports)
+    users = _attentions(fusion.model, port.site.path)
+    biases = BiasRows(rows)
+    return [Edit(module, "around", rows), *(Edit(user, "heads", biases) for user in users)]
 
 
 def _table_settings(model: nn.Module, table: str) -> list[Setting]:

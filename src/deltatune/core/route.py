@@ -36,7 +36,7 @@ from deltatune.core.ports import Call, Edit
 from deltatune.core.rows import Rows
 from deltatune.core.site import anatomy
 from deltatune.core.store import read
-from deltatune.core.together import ROWLESS, Fusion, fuse
+from deltatune.core.together import Fusion, fuse, rowless
 from deltatune.core.weights import Weights, fingerprint, init
 from deltatune.errors import DeltaTuneError, nearest
 
@@ -206,11 +206,10 @@ class Pool(Link):
             for name in names:
                 placements = self._placements(self._members[name].delta)
                 more, settings = plan(self.model, placements, self._held[name], self._parts)
-                rowless = {p.site.path for p in placements if p.site.path.rpartition(".")[2] in ROWLESS}
-                more_settings = [
-                    s for path in rowless for s in ROWLESS[path.rpartition(".")[2]].settings(self.model, path)
-                ]
-                change_settings(self, [*settings, *more_settings])
+                tables = {p.site.path: table for p in placements if (table := rowless(p.site)) is not None}
+                for path, table in tables.items():
+                    settings += table.settings(self.model, path)
+                change_settings(self, settings)
                 edits += more
                 self._uses.setdefault(name, set()).add(names)
             self._entries[names] = Entry(edits)
@@ -252,7 +251,8 @@ class Pool(Link):
             raise DeltaTuneError(f"{method} cannot be routed: {method.breaks['route']}. Attach it alone.")
         module = self.model.get_submodule(path)
         over = self.model.get_submodule(path.rpartition(".")[0]) if path else module
-        if any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in (module, over)):
+        apart = rowless(placement.site) is not None and method.acts not in ("linear", "tensor")
+        if apart or any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in (module, over)):
             raise DeltaTuneError(
                 f"{method} at {path!r} cannot be routed, because what this module computes has no rows of the batch in front; "
                 "leave it out of the where."

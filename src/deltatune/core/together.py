@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from deltatune.core.calls import Ports, run, standing
 from deltatune.core.ports import PORTS, BranchPort, Call, Edit, LadderPort, Setting, StreamPort, Verb
 from deltatune.core.rows import Rows, Split
+from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
 
 Whole = Mapping[nn.Module, Ports]  # all ports of one delta, by module
@@ -75,6 +76,11 @@ class Rowless:
 ROWLESS: dict[str, Rowless] = {}  # by the last part of the module's path
 
 
+def rowless(site: Site) -> Rowless | None:
+    """Return how the module of a site is routed when its calls have no rows, or None for a module like any other."""
+    return ROWLESS.get(site.path.rpartition(".")[2])
+
+
 def joint(port: Any) -> Joint:
     """Return how ports of this kind go together; raises `DeltaTuneError` when that is not known."""
     for kind in type(port).__mro__:
@@ -86,22 +92,18 @@ def joint(port: Any) -> Joint:
 def fuse(module: nn.Module, deltas: Sequence[tuple[Rows, Whole]], fusion: Fusion) -> list[Edit]:
     """Return the edits of one module for the deltas that have ports there, each with its own rows."""
     shares = [(rows, whole) for rows, whole in deltas if module in whole]
-    path = shares[0][1][module].entries[0][1].port.site.path if _changes_weights(module, shares) else ""
-    if (name := path.rpartition(".")[2]) in ROWLESS:
-        return ROWLESS[name].fuse(module, shares, fusion)
+    changed = [port.site for _, whole in shares for _, ports in whole[module].param for port in ports]
+    if changed and (table := rowless(changed[0])) is not None:
+        return table.fuse(module, shares, fusion)
     verbs: tuple[Verb, ...] = ("heads",)
     edits = []
-    if _changes_weights(module, shares):
+    if changed:
         edits.append(Edit(module, "around", ModuleRows(module, shares, fusion)))
     else:
         verbs = ("pre", "post", "heads")
     for verb in verbs:
         edits += [Edit(module, verb, port) for port in _in_turn(module, verb, shares, fusion)]
     return edits
-
-
-def _changes_weights(module: nn.Module, shares: list[tuple[Rows, Whole]]) -> bool:
-    return any(whole[module].param for _, whole in shares)
 
 
 def _in_turn(module: nn.Module, verb: Verb, shares: list[tuple[Rows, Whole]], fusion: Fusion) -> list[Any]:
