@@ -15,12 +15,12 @@ from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError, nearest
 from deltatune.formats.adapterhub import is_adapterhub, read_adapterhub, write_adapterhub
 from deltatune.formats.hub import HUB, push
-from deltatune.formats.litgpt import is_litgpt, read_litgpt
-from deltatune.formats.loralib import is_loralib, read_loralib
+from deltatune.formats.litgpt import is_litgpt, read_litgpt, write_litgpt
+from deltatune.formats.loralib import is_loralib, read_loralib, write_loralib
 from deltatune.formats.opendelta import is_opendelta, read_opendelta
 from deltatune.formats.peft import is_peft, read_peft, write_peft
 from deltatune.formats.pyreft import is_pyreft, read_pyreft
-from deltatune.formats.torchtune import is_torchtune, read_torchtune
+from deltatune.formats.torchtune import is_torchtune, read_torchtune, write_torchtune
 
 __all__ = [
     "known",
@@ -35,7 +35,10 @@ __all__ = [
     "read_torchtune",
     "write",
     "write_adapterhub",
+    "write_litgpt",
+    "write_loralib",
     "write_peft",
+    "write_torchtune",
 ]
 
 FORMATS |= {
@@ -47,10 +50,12 @@ FORMATS |= {
     ),
     "opendelta": Format("config.json and pytorch_model.bin of OpenDelta", is_opendelta, read_opendelta),
     "pyreft": Format("config.json and one file an intervention of pyreft", is_pyreft, read_pyreft),
-    "litgpt": Format("lit_model.pth.lora and hyperparameters.yaml of litgpt", is_litgpt, read_litgpt),
-    "torchtune": Format("adapter_model.pt and adapter_config.json of torchtune", is_torchtune, read_torchtune),
+    "litgpt": Format("lit_model.pth.lora and hyperparameters.yaml of litgpt", is_litgpt, read_litgpt, write_litgpt),
+    "torchtune": Format(
+        "adapter_model.pt and adapter_config.json of torchtune", is_torchtune, read_torchtune, write_torchtune
+    ),
     "peft": Format("adapter_config.json and adapter_model.safetensors of peft", is_peft, read_peft, write_peft),
-    "loralib": Format("a state dict of loralib, called a LoRA", is_loralib, read_loralib),
+    "loralib": Format("a state dict of loralib, called a LoRA", is_loralib, read_loralib, write_loralib),
     "hub": HUB,
 }
 

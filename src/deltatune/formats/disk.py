@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,22 @@ def _checked(tensors: Mapping[str, Tensor], path: Path) -> Tensors:
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], folder: Path) -> bytes:
     """Return tensors as a safetensors file; raises `DeltaTuneError` for NaN and infinity."""
+    return to_bytes(_ready(tensors, folder), {"format": "pt"})
+
+
+def pickle_bytes(tensors: Mapping[str, Tensor], folder: Path, under: str = "") -> bytes:
+    """Return tensors by name as a file of `torch.save`, `under` a name or by themselves; raises `DeltaTuneError` for NaN and infinity."""
+    ready, file = _ready(tensors, folder), BytesIO()
+    torch.save({under: ready} if under else ready, file)
+    return file.getvalue()
+
+
+def _ready(tensors: Mapping[str, Tensor], folder: Path) -> Tensors:
     ready = {name: tensor.detach().to("cpu").clone().contiguous() for name, tensor in tensors.items()}
     for name, tensor in ready.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise DeltaTuneError(f"the tensor {name!r} holds NaN or infinity; nothing was written to {folder}.")
-    return to_bytes(ready, {"format": "pt"})
+    return ready
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""litgpt's LoRA, read: `lit_model.pth.lora`, with rank and alpha in the `hyperparameters.yaml` beside it.
+"""litgpt's LoRA, read and written: `lit_model.pth.lora`, with rank and alpha in the `hyperparameters.yaml` beside it.
 
     transformer.h.0.attn.qkv.lora_A [r n, in]   .lora_B [rows of the n chosen among q, k, v; r]   (attn.attn before 0.5)
     transformer.h.0.attn.proj, mlp.fc_1 (gate), mlp.fc_2 (up), mlp.fc (up), mlp.proj (down), lm_head: lora_A [r, in], lora_B [out, r]
@@ -13,13 +13,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from deltatune.core.site import Anatomy, anatomy
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
-from deltatune.formats.disk import Tensors, read_tensors_of_pickle, state_dict
+from deltatune.files import write_bytes, write_text
+from deltatune.formats.disk import Tensors, pickle_bytes, read_tensors_of_pickle, state_dict
 from deltatune.formats.guard import reading
+from deltatune.formats.loras import by_role, loras_of, one
 from deltatune.formats.parts import Part, assemble
 from deltatune.formats.paths import place_of
 from deltatune.methods.reparameterization.lora import LoRA
@@ -30,7 +33,9 @@ ROLES = {
     "attn.proj": "attn.o", "mlp.fc_1": "ffn.gate", "mlp.fc_2": "ffn.up", "mlp.fc": "ffn.up", "mlp.proj": "ffn.down",
     "lm_head": "head",
 }  # fmt: skip
-PACKED = {"attn.qkv", "attn.attn"}
+PACKED = ("attn.qkv", "attn.attn")  # the name that is written, and the one before 0.5
+SIDES = {"attn.q": "query", "attn.k": "key", "attn.v": "value"}
+GROUPS = {"projection": ("attn.o",), "mlp": ("ffn.gate", "ffn.up", "ffn.down"), "head": ("head",)}
 NAMED = re.compile(r"(?:transformer\.h\.(?P<layer>\d+)\.)?(?P<module>[\w.]+?)\.(?P<leaf>lora_[AB])")
 SETTING = re.compile(r"^(lora_\w+):\s*(\S+)\s*$", re.MULTILINE)
 
@@ -70,6 +75,33 @@ def _read_weights(model: nn.Module, path: Path) -> Weights:
     return assemble(model, parts, read)
 
 
+def write_litgpt(model: nn.Module, weights: Weights, folder: Path | str) -> None:
+    """Write a LoRA for `model` as a folder of litgpt, tensors and settings.
+
+    Raises `DeltaTuneError`, before anything is written, for other methods and places, and for several ranks or alphas.
+    """
+    parts, folder = anatomy(model), Path(folder)
+    seats = loras_of(model, weights, "litgpt", (LoRA,))
+    rank = one("litgpt", "rank", [seat.method.rank for seat in seats])
+    alpha = one("litgpt", "alpha", [seat.method.alpha for seat in seats])
+    gated = any(place.role == "ffn.gate" for place in parts.places)
+    modules = {role: name for name, role in ROLES.items() if name != ("mlp.fc" if gated else "mlp.fc_2")}
+    found = by_role(parts, seats, "litgpt", {*modules, *SIDES})
+    packed: dict[str, list[Tensors]] = {}
+    for role, layer in sorted(found, key=lambda key: (key[1] or 0, [*SIDES, *modules].index(key[0]))):
+        name = modules.get(role, PACKED[0])
+        at = name if layer is None else f"transformer.h.{layer}.{name}"
+        packed.setdefault(at, []).append(found[role, layer].unfolded)
+    tensors = {f"{at}.lora_{leaf}": torch.cat([p[leaf] for p in held]) for at, held in packed.items() for leaf in "AB"}
+    chosen = {role for role, _ in found}
+    groups = {name: (role,) for role, name in SIDES.items()} | GROUPS
+    lines = [f"lora_r: {rank}", f"lora_alpha: {int(alpha) if alpha == int(alpha) else alpha}", "lora_dropout: 0.0"]
+    lines += [f"lora_{name}: {str(not chosen.isdisjoint(roles)).lower()}" for name, roles in groups.items()]
+    data = pickle_bytes(tensors, folder, under="model")
+    write_text(folder / SETTINGS, "\n".join(lines) + "\n")
+    write_bytes(folder / TENSORS, data)
+
+
 def _settings(folder: Path) -> dict[str, Any]:
     """Return rank, alpha and which of q, k and v are chosen; they stand as plain lines in the file."""
     file = folder / SETTINGS
@@ -80,15 +112,13 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise DeltaTuneError(
             f"{file} has no lines lora_r and lora_alpha with numbers; without them the scale is not known."
         ) from None
-    chosen = [
-        side for side, name in (("q", "query"), ("k", "key"), ("v", "value")) if found.get(f"lora_{name}") == "true"
-    ]
+    chosen = [role for role, name in SIDES.items() if found.get(f"lora_{name}") == "true"]
     return {"rank": rank, "alpha": alpha, "chosen": chosen}
 
 
 def _parts(parts: Anatomy, settings: dict[str, Any], name: str, layer: int | None, held: Tensors) -> list[Part]:
     rank, method = settings["rank"], LoRA(settings["rank"], settings["alpha"])
-    roles = [f"attn.{side}" for side in settings["chosen"]] if name in PACKED else [ROLES[name]]
+    roles = settings["chosen"] if name in PACKED else [ROLES[name]]
     A, B = held.get("lora_A"), held.get("lora_B")
     if A is None or B is None or not roles or A.shape[0] != rank * len(roles):
         raise DeltaTuneError(

@@ -1,4 +1,4 @@
-"""loralib's state dicts, read: `X.lora_A [r, in]` and `X.lora_B [out, r]` for any module X, in a file of `torch.save` or safetensors.
+"""loralib's state dicts, read and written: `X.lora_A [r, in]` and `X.lora_B [out, r]` for any module X, by `torch.save` or safetensors.
 
 The file does not hold alpha, so whoever reads it has to say it. A packed module (loralib's MergedLinear, of which GPT-2's
 attention is one) has factors for some of its parts, one after the other: A [r n, in], B [n out / parts, r].
@@ -9,16 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from deltatune.core.site import Anatomy, anatomy
+from deltatune.core.site import Anatomy, Place, anatomy
 from deltatune.core.weights import PICKLES, Weights
 from deltatune.errors import DeltaTuneError
-from deltatune.formats.disk import Tensors, read_safetensors, read_tensors_of_pickle, state_dict
+from deltatune.files import write_bytes
+from deltatune.formats.disk import Tensors, pickle_bytes, read_safetensors, read_tensors_of_pickle, state_dict
 from deltatune.formats.guard import reading
+from deltatune.formats.loras import loras_of, one
 from deltatune.formats.parts import Part, assemble
 from deltatune.formats.paths import resolve
+from deltatune.formats.seats import Seat
 from deltatune.methods.reparameterization.lora import LoRA
+
+NAME = "lora.pt"
 
 
 def is_loralib(path: Path) -> bool:
@@ -73,7 +79,7 @@ def _parts(
         raise DeltaTuneError(f"the file holds {', '.join(held)} of {path!r}; a LoRA of a layer has two matrices.")
     A, B = held["lora_A"], held["lora_B"]
     rank = B.shape[1]
-    packed = [place.role for place in parts.places if place.path == path and place.part is not None]
+    packed = [place.role for place in _packed(parts, path)]
     if not packed or (A.shape[0] == rank != 0 and not enabled):
         return [Part(path, LoRA(rank, float(alpha)), {"A": A, "B": B})]
     count = A.shape[0] // max(rank, 1)
@@ -85,3 +91,48 @@ def _parts(
         )
     pieces = zip(roles, A.chunk(count), B.chunk(count), strict=True)
     return [Part(path, LoRA(rank, float(alpha)), {"A": a, "B": b}, role=role) for role, a, b in pieces]
+
+
+def write_loralib(model: nn.Module, weights: Weights, folder: Path | str) -> None:
+    """Write a LoRA for `model` as the state dict `lora.pt` of loralib in a folder.
+
+    The file holds no alpha: `read_loralib` needs the alpha of the method, and `enabled` where only some parts of packed
+    modules have a LoRA. Raises `DeltaTuneError`, before anything is written, for other methods, for several alphas, and for
+    parts that loralib's packed modules have not.
+    """
+    parts, folder = anatomy(model), Path(folder)
+    seats = loras_of(model, weights, "loralib", (LoRA,))
+    one("loralib", "alpha", [seat.method.alpha for seat in seats])
+    modules: dict[str, list[Seat]] = {}
+    for seat in seats:
+        modules.setdefault(seat.site.path, []).append(seat)
+    enabled = {seat.site.role for seat in seats if seat.site.part is not None}
+    tensors: Tensors = {}
+    for path, own in modules.items():
+        places = _packed(parts, path)
+        if enabled and places:
+            own = _in_order(path, own, places, enabled)
+        for leaf in "AB":
+            tensors[f"{path}.lora_{leaf}"] = torch.cat([seat.unfolded[leaf] for seat in own])
+    write_bytes(folder / NAME, pickle_bytes(tensors, folder))
+
+
+def _packed(parts: Anatomy, path: str) -> list[Place]:
+    """Return the places that a module packs."""
+    return [place for place in parts.places if place.path == path and place.part is not None]
+
+
+def _in_order(path: str, own: list[Seat], places: list[Place], enabled: set[str]) -> list[Seat]:
+    """Return the seats of a packed module in its order; raises `DeltaTuneError` when a file could not be read back as them."""
+    seats = {seat.site.role: seat for seat in own if seat.site.part is not None}
+    order = [place.role for place in places if place.role in enabled]
+    if order != [role for role in order if role in seats] or len(seats) != len(own):
+        raise DeltaTuneError(
+            f"loralib's file does not say which parts of {path!r} have a LoRA, so all such modules have the same: "
+            f"{', '.join(sorted(enabled))}; here are {', '.join(sorted(seats)) or 'none, but one of the whole'}."
+        )
+    one("loralib", f"rank in {path!r}", [seat.method.rank for seat in own])
+    sizes = {(place.part.groups, place.part.stop - place.part.start) for place in places if place.part is not None}
+    if len(sizes) != 1 or min(sizes)[0] != 1:
+        raise DeltaTuneError(f"loralib's packed modules have equal parts one after the other, which {path!r} has not.")
+    return [seats[role] for role in order]

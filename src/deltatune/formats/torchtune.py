@@ -1,10 +1,10 @@
-"""torchtune's adapters, read: `adapter_model.pt`, with rank and alpha in the `adapter_config.json` that it writes beside it.
+"""torchtune's adapters, read and written: `adapter_model.pt`, with rank and alpha in the `adapter_config.json` that it writes beside it.
 
     layers.0.attn.q_proj.lora_a.weight [r, in]   .lora_b.weight [out, r]   .magnitude [out]   of q_proj, k_proj, v_proj,
     output_proj of attn, w1 (gate), w2 (down), w3 (up) of mlp, and of output
 
 torchtune turns neighbouring features of a head, and transformers features half a head apart; so rows of B (and of the
-magnitude) of queries and keys are sorted here: feature 2 i + j of a head to i + j width / 2.
+magnitude) of queries and keys are sorted when read: feature 2 i + j of a head to i + j width / 2; and back when written.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from deltatune.core.site import Anatomy, anatomy
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
-from deltatune.files import read_json
-from deltatune.formats.disk import Tensors, read_tensors_of_pickle, state_dict
+from deltatune.files import read_json, write_bytes, write_json
+from deltatune.formats.disk import Tensors, pickle_bytes, read_tensors_of_pickle, state_dict
 from deltatune.formats.guard import reading
+from deltatune.formats.loras import by_role, loras_of, one
 from deltatune.formats.parts import Part, assemble
 from deltatune.formats.paths import place_of
 from deltatune.methods.reparameterization.dora import DoRA
@@ -33,6 +34,7 @@ ROLES = {
 }  # fmt: skip
 TURNED = ("llama", "mistral")  # families whose heads torchtune sorts in another way
 SAME = ("qwen2",)
+LEAVES = {"A": "lora_a.weight", "B": "lora_b.weight", "m": "magnitude"}
 NAMED = re.compile(
     r"(?:layers\.(?P<layer>\d+)\.)?(?P<module>[\w.]+?)\.(?P<leaf>lora_a\.weight|lora_b\.weight|magnitude)"
 )
@@ -50,9 +52,7 @@ def read_torchtune(model: nn.Module, folder: Path | str, check: bool = True) -> 
 
 
 def _read_weights(model: nn.Module, folder: Path) -> Weights:
-    parts = anatomy(model)
-    if parts.family not in (*TURNED, *SAME):
-        raise DeltaTuneError(f"torchtune's files are read for {', '.join((*TURNED, *SAME))}; this is {parts.family}.")
+    parts = _anatomy(model, "read")
     if not (folder / CONFIG).is_file():
         raise DeltaTuneError(
             f"there is no {CONFIG} beside {folder / TENSORS}; without its r and lora_alpha the scale is not known."
@@ -76,6 +76,37 @@ def _read_weights(model: nn.Module, folder: Path) -> Weights:
     return assemble(model, parts, read)
 
 
+def write_torchtune(model: nn.Module, weights: Weights, folder: Path | str) -> None:
+    """Write a LoRA or DoRA for `model` as a folder of torchtune, tensors and settings.
+
+    Raises `DeltaTuneError`, before anything is written, for other methods, families and places, and for several ranks or alphas.
+    """
+    parts, folder = _anatomy(model, "written"), Path(folder)
+    seats = loras_of(model, weights, "torchtune", (LoRA, DoRA))
+    one("torchtune", "method", [type(seat.method).__name__ for seat in seats])
+    rank = one("torchtune", "rank", [seat.method.rank for seat in seats])
+    alpha = one("torchtune", "alpha", [seat.method.alpha for seat in seats])
+    modules = {role: module for module, role in ROLES.items()}
+    found = by_role(parts, seats, "torchtune", modules)
+    tensors: Tensors = {}
+    for (role, layer), seat in found.items():
+        at = modules[role] if layer is None else f"layers.{layer}.{modules[role]}"
+        for leaf, tensor in seat.unfolded.items():
+            tensors[f"{at}.{LEAVES[leaf]}"] = tensor if leaf == "A" else _sorted(parts, role, tensor, back=True)
+    targets = sorted({seat.site.path.rpartition(".")[2] for seat in seats})
+    data = pickle_bytes(tensors, folder)
+    write_json(folder / CONFIG, {"r": rank, "lora_alpha": alpha, "target_modules": targets, "peft_type": "LORA"})
+    write_bytes(folder / TENSORS, data)
+
+
+def _anatomy(model: nn.Module, done: str) -> Anatomy:
+    """Return the anatomy of a model whose heads are known here."""
+    parts = anatomy(model)
+    if parts.family not in (*TURNED, *SAME):
+        raise DeltaTuneError(f"torchtune's files are {done} for {', '.join((*TURNED, *SAME))}; this is {parts.family}.")
+    return parts
+
+
 def _part(parts: Anatomy, rank: int, alpha: float, role: str, layer: int | None, held: Tensors) -> Part:
     path = place_of(parts, role, layer).path
     if not held.keys() >= {"lora_a.weight", "lora_b.weight"} or held["lora_a.weight"].shape[0] != rank:
@@ -86,11 +117,12 @@ def _part(parts: Anatomy, rank: int, alpha: float, role: str, layer: int | None,
     return Part(path, DoRA(rank, alpha), leaves | {"m": _sorted(parts, role, held["magnitude"].flatten())})
 
 
-def _sorted(parts: Anatomy, role: str, rows: Tensor) -> Tensor:
-    """Return rows of a query's or key's output in the order of transformers."""
+def _sorted(parts: Anatomy, role: str, rows: Tensor, back: bool = False) -> Tensor:
+    """Return rows of a query's or key's output in the order of transformers, or `back` in that of torchtune."""
     heads: Any = parts.stacks[0].heads
     if role not in ("attn.q", "attn.k") or parts.family in SAME:
         return rows
     if rows.shape[0] != (heads.query if role == "attn.q" else heads.key) * heads.width:
         raise DeltaTuneError(f"the file has {rows.shape[0]} outputs of {role}, and this model has other heads.")
-    return rows.unflatten(0, (-1, heads.width // 2, 2)).transpose(1, 2).flatten(0, 2)
+    halves = (2, heads.width // 2) if back else (heads.width // 2, 2)
+    return rows.unflatten(0, (-1, *halves)).transpose(1, 2).flatten(0, 2)
