@@ -94,13 +94,13 @@ def test_litgpt_s_layers_without_a_gate_have_a_name_of_their_own(tmp_path, build
 
 def test_loralib_needs_the_alpha_of_the_method_alone(tmp_path):
     model = bert()
-    weights = trained(model, dt.LoRA(2, 6).at("attn.{q,v}") + dt.LoRA(3, 6).at("ffn.up[1]"))
+    weights = trained(model, dt.LoRA(2, 6).at("{attn.{q,v},head}") + dt.LoRA(3, 6).at("ffn.up[1]"))
     dt.write_loralib(model, weights, tmp_path)
     assert_same(model, weights, formats.read_loralib(model, tmp_path / "lora.pt", alpha=6))
     found = shapes(torch.load(tmp_path / "lora.pt", weights_only=True))
     assert found["bert.encoder.layer.1.intermediate.dense.lora_A"] == [3, 16]
     assert found["bert.encoder.layer.1.intermediate.dense.lora_B"] == [24, 3]
-    assert len(found) == 2 * (2 * 2 + 1)
+    assert len(found) == 2 * (2 * 2 + 1 + 1)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,12 @@ REFUSED: dict[str, tuple[str, Callable[[], nn.Module], Any, str]] = {
     "fixed": ("loralib", bert, dt.LoRA(2, 4, dt.PiSSA()).at("attn.q"), "the trained factors alone"),
     "family": ("torchtune", bert, dt.LoRA(2, 4), "written for llama, mistral, qwen2; this is bert"),
     "stacks": ("litgpt", t5, dt.LoRA(2, 4), "models of one stack; t5 has 2"),
-    "name": ("torchtune", llama, dt.LoRA(2, 4).at("path:model.embed_tokens"), "linear layers that share nothing"),
+    "embedding": (
+        "torchtune",
+        llama,
+        dt.LoRA(2, 4).at("path:model.embed_tokens"),
+        "files hold LoRAs of linear layers; .* is of the kind 'embedding'",
+    ),
     "blocks": ("torchtune", llama, dt.LoRA(2, 4).at("attn.q[1]"), "nothing at 'model.layers.0.self_attn.q_proj'"),
     "ffn": ("litgpt", llama, dt.LoRA(2, 4).at("ffn.up"), "nothing at 'model.layers.0.mlp.gate_proj'"),
     "parts": ("loralib", tiny.gpt2, dt.LoRA(2, 4).at("{attn.q,attn.v[1]}"), "does not say which parts"),
@@ -160,3 +165,13 @@ def test_numbers_that_are_none_are_not_written(tmp_path, name):
     with pytest.raises(dt.DeltaTuneError, match="NaN or infinity"):
         formats.write(name, model, weights, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_peft_keeps_its_config(tmp_path):
+    model = llama()
+    weights = trained(model, dt.LoRA(2, 4).at("attn.q"))
+    dt.write_peft(model, weights, tmp_path)
+    before = (tmp_path / "adapter_config.json").read_bytes()
+    with pytest.raises(dt.DeltaTuneError, match="holds an adapter of peft"):
+        dt.write_torchtune(model, weights, tmp_path)
+    assert (tmp_path / "adapter_config.json").read_bytes() == before

@@ -24,10 +24,9 @@ def loras_of(model: nn.Module, weights: Weights, library: str, kinds: Sequence[t
             raise DeltaTuneError(
                 f"{library}'s files hold {names}, and this delta has {method}; write it as another format."
             )
-        if site.kind != "linear" or site.tensor is not None or site.ties:
-            tied = f", tied to {site.ties[0][0]!r}," if site.ties else ""
+        if site.kind != "linear" or site.tensor is not None:
             raise DeltaTuneError(
-                f"{library}'s files hold LoRAs of linear layers that share nothing; {site.path!r} is a {site.kind}{tied} and has {method}."
+                f"{library}'s files hold LoRAs of linear layers; {site.path!r} is of the kind {site.kind!r}, where this delta has {method}."
             )
         if (site.path, site.part) in seen:
             raise DeltaTuneError(f"{library} has one LoRA at a module; this delta has several at {site.address!r}.")

@@ -28,6 +28,7 @@ from deltatune.methods.reparameterization.dora import DoRA
 from deltatune.methods.reparameterization.lora import LoRA
 
 TENSORS, CONFIG = "adapter_model.pt", "adapter_config.json"
+EXPORTED = "adapter_model.safetensors"  # beside which the config is one of peft
 ROLES = {
     "attn.q_proj": "attn.q", "attn.k_proj": "attn.k", "attn.v_proj": "attn.v", "attn.output_proj": "attn.o",
     "mlp.w1": "ffn.gate", "mlp.w2": "ffn.down", "mlp.w3": "ffn.up", "output": "head",
@@ -36,13 +37,13 @@ TURNED = ("llama", "mistral")  # families whose heads torchtune sorts in another
 SAME = ("qwen2",)
 LEAVES = {"A": "lora_a.weight", "B": "lora_b.weight", "m": "magnitude"}
 NAMED = re.compile(
-    r"(?:layers\.(?P<layer>\d+)\.)?(?P<module>[\w.]+?)\.(?P<leaf>lora_a\.weight|lora_b\.weight|magnitude)"
+    rf"(?:layers\.(?P<layer>\d+)\.)?(?P<module>[\w.]+?)\.(?P<leaf>{'|'.join(map(re.escape, LEAVES.values()))})"
 )
 
 
 def is_torchtune(path: Path) -> bool:
     """Whether a path is a folder of torchtune that peft cannot read as its own."""
-    return (path / TENSORS).is_file() and not (path / "adapter_model.safetensors").is_file()
+    return (path / TENSORS).is_file() and not (path / EXPORTED).is_file()
 
 
 def read_torchtune(model: nn.Module, folder: Path | str, check: bool = True) -> Weights:
@@ -82,6 +83,8 @@ def write_torchtune(model: nn.Module, weights: Weights, folder: Path | str) -> N
     Raises `DeltaTuneError`, before anything is written, for other methods, families and places, and for several ranks or alphas.
     """
     parts, folder = _anatomy(model, "written"), Path(folder)
+    if (folder / EXPORTED).is_file():
+        raise DeltaTuneError(f"{folder} holds an adapter of peft, whose {CONFIG} would be lost; choose another folder.")
     seats = loras_of(model, weights, "torchtune", (LoRA, DoRA))
     one("torchtune", "method", [type(seat.method).__name__ for seat in seats])
     rank = one("torchtune", "rank", [seat.method.rank for seat in seats])
@@ -109,12 +112,13 @@ def _anatomy(model: nn.Module, done: str) -> Anatomy:
 
 def _part(parts: Anatomy, rank: int, alpha: float, role: str, layer: int | None, held: Tensors) -> Part:
     path = place_of(parts, role, layer).path
-    if not held.keys() >= {"lora_a.weight", "lora_b.weight"} or held["lora_a.weight"].shape[0] != rank:
+    leaves = {leaf: held[name] for leaf, name in LEAVES.items() if name in held}
+    if not leaves.keys() >= {"A", "B"} or leaves["A"].shape[0] != rank:
         raise DeltaTuneError(f"the file holds {', '.join(held)} of {path!r}, which is no LoRA of the rank {rank}.")
-    leaves = {"A": held["lora_a.weight"], "B": _sorted(parts, role, held["lora_b.weight"])}
-    if "magnitude" not in held:
+    leaves["B"] = _sorted(parts, role, leaves["B"])
+    if "m" not in leaves:
         return Part(path, LoRA(rank, alpha), leaves)
-    return Part(path, DoRA(rank, alpha), leaves | {"m": _sorted(parts, role, held["magnitude"].flatten())})
+    return Part(path, DoRA(rank, alpha), leaves | {"m": _sorted(parts, role, leaves["m"].flatten())})
 
 
 def _sorted(parts: Anatomy, role: str, rows: Tensor, back: bool = False) -> Tensor:
