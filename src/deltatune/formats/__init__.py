@@ -18,8 +18,9 @@ from deltatune.formats.hub import HUB, push
 from deltatune.formats.litgpt import is_litgpt, read_litgpt, write_litgpt
 from deltatune.formats.loralib import is_loralib, read_loralib, write_loralib
 from deltatune.formats.opendelta import is_opendelta, read_opendelta
+from deltatune.formats.opendelta_write import write_opendelta
 from deltatune.formats.peft import is_peft, read_peft, write_peft
-from deltatune.formats.pyreft import is_pyreft, read_pyreft
+from deltatune.formats.pyreft import is_pyreft, read_pyreft, write_pyreft
 from deltatune.formats.torchtune import is_torchtune, read_torchtune, write_torchtune
 
 __all__ = [
@@ -37,7 +38,9 @@ __all__ = [
     "write_adapterhub",
     "write_litgpt",
     "write_loralib",
+    "write_opendelta",
     "write_peft",
+    "write_pyreft",
     "write_torchtune",
 ]
 
@@ -48,8 +51,10 @@ FORMATS |= {
         read_adapterhub,
         write_adapterhub,
     ),
-    "opendelta": Format("config.json and pytorch_model.bin of OpenDelta", is_opendelta, read_opendelta),
-    "pyreft": Format("config.json and one file an intervention of pyreft", is_pyreft, read_pyreft),
+    "opendelta": Format(
+        "config.json and pytorch_model.bin of OpenDelta", is_opendelta, read_opendelta, write_opendelta
+    ),
+    "pyreft": Format("config.json and one file an intervention of pyreft", is_pyreft, read_pyreft, write_pyreft),
     "litgpt": Format("lit_model.pth.lora and hyperparameters.yaml of litgpt", is_litgpt, read_litgpt, write_litgpt),
     "torchtune": Format(
         "adapter_model.pt and adapter_config.json of torchtune", is_torchtune, read_torchtune, write_torchtune

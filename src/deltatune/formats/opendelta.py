@@ -1,5 +1,7 @@
 """OpenDelta's folders, read: `config.json` and `pytorch_model.bin`, a state dict of what it trained, by the backbone's own names.
 
+What reader and writer (`opendelta_write`) both know of them is here.
+
 X.lora.lora_A, lora_B                                   `LoRA` at X (a second one: X.lora_1)
 X.adapter.modulelist.down_proj, up_proj                 `Adapter` behind X
 X.parallel_adapter.modulelist...                        `ParallelAdapter` beside a feed-forward, from X on
@@ -42,6 +44,13 @@ NAMED = re.compile(
     r"(?:_(?P<again>\d+))?\.(?P<rest>.+)"
 )
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "silu": "silu", "tanh": "tanh"}
+FACTORS = {"A": "lora_A", "B": "lora_B"}
+BOTTLENECK = {
+    "D": "modulelist.down_proj.weight", "d": "modulelist.down_proj.bias",
+    "U": "modulelist.up_proj.weight", "u": "modulelist.up_proj.bias",
+}  # fmt: skip
+SAMPLERS = {"D": "down_sampler", "U": "up_sampler"}
+PROMPT = "soft_prompt_layer.soft_embeds"
 Config = Mapping[str, Any]
 
 
@@ -101,7 +110,7 @@ def _lora(model: nn.Module, parts: Anatomy, config: Config, path: str, held: Ten
         raise DeltaTuneError(
             f"OpenDelta's config says lora_r={rank!r} and lora_alpha={alpha!r}; {path!r} has the rank {held['lora_A'].shape[0]}."
         )
-    return [Part(resolve(model, path), LoRA(rank, float(alpha)), {"A": held["lora_A"], "B": held["lora_B"]})]
+    return [Part(resolve(model, path), LoRA(rank, float(alpha)), {leaf: held[name] for leaf, name in FACTORS.items()})]
 
 
 def _behind(model: nn.Module, parts: Anatomy, path: str, method: Any, leaves: Tensors) -> list[Part]:
@@ -111,8 +120,7 @@ def _behind(model: nn.Module, parts: Anatomy, path: str, method: Any, leaves: Te
 
 
 def _bottleneck(held: Tensors) -> Tensors:
-    names = {"D": "down_proj.weight", "d": "down_proj.bias", "U": "up_proj.weight", "u": "up_proj.bias"}
-    return {leaf: held[f"modulelist.{name}"] for leaf, name in names.items()}
+    return {leaf: held[name] for leaf, name in BOTTLENECK.items()}
 
 
 def _adapter(model: nn.Module, parts: Anatomy, config: Config, path: str, held: Tensors) -> list[Part]:
@@ -136,7 +144,7 @@ def _parallel(model: nn.Module, parts: Anatomy, config: Config, path: str, held:
 
 
 def _compacter(model: nn.Module, parts: Anatomy, config: Config, path: str, held: Tensors) -> list[Part]:
-    D, U = (_product(held, side).mT for side in ("down_sampler", "up_sampler"))
+    D, U = (_product(held, side).mT for side in SAMPLERS.values())
     leaves = {"D": D, "d": _shift(held, "down_sampler", len(D)), "U": U, "u": _shift(held, "up_sampler", len(U))}
     return _behind(model, parts, path, Adapter(len(D), _activation(config)), leaves)
 
@@ -154,7 +162,7 @@ def _shift(held: Tensors, side: str, width: int) -> Tensor:
 
 
 def _low_rank(model: nn.Module, parts: Anatomy, config: Config, path: str, held: Tensors) -> list[Part]:
-    down, up = ([held[f"{side}.W_{end}"].mT for end in ("left", "right")] for side in ("down_sampler", "up_sampler"))
+    down, up = ([held[f"{side}.W_{end}"].mT for end in ("left", "right")] for side in SAMPLERS.values())
     d, u = _shift(held, "down_sampler", len(down[1])), _shift(held, "up_sampler", len(up[1]))
     if _activation(config) != "gelu_tanh":
         leaves = {"D": down[1] @ down[0], "d": d, "U": up[1] @ up[0], "u": u}
