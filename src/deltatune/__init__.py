@@ -56,23 +56,6 @@ _HOMES = {
     "core.flatten": ("flatten",),
     "core.join": ("join",),
     "backbones.keys_values": ("keys_values",),
-    "formats": (
-        "push",
-        "read_adapterhub",
-        "read_litgpt",
-        "read_loralib",
-        "read_opendelta",
-        "read_peft",
-        "read_pyreft",
-        "read_torchtune",
-        "write_adapterhub",
-        "write_litgpt",
-        "write_loralib",
-        "write_opendelta",
-        "write_peft",
-        "write_pyreft",
-        "write_torchtune",
-    ),
     "tuning.structure": ("Structure", "search_structure"),
     "core.weights": ("Fingerprint", "Weights", "fingerprint", "init"),
     "errors": ("DeltaTuneError",),
@@ -88,7 +71,7 @@ def __getattr__(name: str) -> Any:
     import_module("deltatune.methods")
     import_module("deltatune.backbones")
     import_module("deltatune.formats")
-    for home, names in _HOMES.items():
+    for home, names in _homes().items():
         if name in names:
             return vars(import_module(f"deltatune.{home}"))[name]
     from deltatune.errors import nearest
@@ -96,12 +79,18 @@ def __getattr__(name: str) -> Any:
     values = _values()
     if name in values:
         return values[name]
-    known = [*values, *(n for names in _HOMES.values() for n in names)]
+    known = [*values, *(n for names in _homes().values() for n in names)]
     raise AttributeError(f"deltatune has no {name!r}.{nearest(name, known)}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*_values(), *(n for names in _HOMES.values() for n in names), "__version__"])
+    return sorted([*_values(), *(n for names in _homes().values() for n in names), "__version__"])
+
+
+def _homes() -> dict[str, tuple[str, ...]]:
+    from deltatune.formats import PUBLIC
+
+    return {**_HOMES, "formats": PUBLIC}
 
 
 def _values() -> dict[str, Any]:

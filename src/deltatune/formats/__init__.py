@@ -44,6 +44,8 @@ __all__ = [
     "write_torchtune",
 ]
 
+PUBLIC = tuple(name for name in __all__ if name not in ("known", "read", "write"))  # what `deltatune` has too
+
 FORMATS |= {
     "adapterhub": Format(
         "adapter_config.json and adapter.safetensors of the library adapters",
