@@ -8,10 +8,13 @@ from collections.abc import Callable
 from torch import nn
 
 from deltatune.core.delta import Placement
+from deltatune.core.method import OnLinear
 from deltatune.core.ports import (
     BiasPort,
     BranchPort,
     Edit,
+    Entrance,
+    InputPort,
     Ladder,
     LadderPort,
     LinearPort,
@@ -56,13 +59,21 @@ def _linear(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: T
     site, method = placement.site, placement.method
     module = model.get_submodule(site.path)
     if site.kind not in ("embedding", "conv") and read_by(model, site.path) is None:
-        return [Edit(module, "post", LinearPort(site, method, tensors))], []  # type: ignore[arg-type]
+        return _called(module, site, method, tensors), []  # type: ignore[arg-type]
     weight, bias = WeightPort(site, method, tensors), BiasPort(site, method, tensors)
     held = "bias" in module._parameters
     return [
         _param(model, site.path, "weight", weight),
         _param(model, site.path, "bias", bias) if held else Edit(module, "post", bias),
     ], []
+
+
+def _called(module: nn.Module, site: Site, method: OnLinear, tensors: Tensors) -> list[Edit]:
+    """Return the edits of a layer that is called: before it, where the method does no more than change what goes in."""
+    if site.part is None and method.enters(site):
+        port = InputPort(site, method, tensors)
+        return [Edit(module, "pre", Entrance(port)), Edit(module, "post", port)]
+    return [Edit(module, "post", LinearPort(site, method, tensors))]
 
 
 def _stream(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> Built:

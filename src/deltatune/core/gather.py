@@ -6,6 +6,7 @@ One product with a stack of small matrices replaces a loop over deltas. What can
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from deltatune.core.calls import Ports
 from deltatune.core.method import Bag
-from deltatune.core.ports import LinearPort, StreamPort, Tensors
+from deltatune.core.ports import Entrance, InputPort, LinearPort, StreamPort, Tensors
 from deltatune.core.rows import Rows
 from deltatune.core.together import TOGETHER, Fusion, Joint, LinearRows, Share, StreamRows, Together
 
@@ -113,4 +114,6 @@ def _lone(shares: list[Share], kind: type[Together], fusion: Fusion) -> Any:
 
 
 TOGETHER[LinearPort] = Joint(_linear)
+TOGETHER[Entrance] = Joint(lambda shares, fusion: None)
+TOGETHER[InputPort] = Joint(lambda shares, fusion: _linear([replace(s, port=s.port.late) for s in shares], fusion))
 TOGETHER[StreamPort] = Joint(_stream)

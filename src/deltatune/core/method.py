@@ -61,6 +61,10 @@ class Method(Spec):
         """Whether a method on tensors acts on the parameter `site.tensor` of a chosen place."""
         return True
 
+    def enters(self, site: Site) -> bool:
+        """Whether all that a method on linear layers does at `site` is to change the layer's input, by `input`."""
+        return False
+
     def unfold(self, p: Any) -> Any:
         """Return the tensors the method computes with; a reparameterized method computes them from fewer."""
         return p
@@ -114,6 +118,10 @@ class OnLinear(Method):
     def output(self, p: Any, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """Return x W'^T + b' [..., d_out] by the cheapest road; `y` is the layer's own output for `x` [..., d_in], to be used up."""
         return F.linear(x, self.weight(p, base.weight), self.bias(p, base.bias))
+
+    def input(self, p: Any, x: Tensor) -> Tensor:
+        """Return x' [..., d_in] with x W'^T + b' = x' W^T + b, for methods that enter: the road without a second product."""
+        raise NotImplementedError
 
 
 class OnStream(Method):

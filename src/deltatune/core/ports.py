@@ -80,6 +80,46 @@ class LinearPort(Port):
         return part.put(y, self.method.output(p, x, part.take(y, -1), base), -1)
 
 
+class InputPort(LinearPort):
+    """post: nothing, where `Entrance` has changed what went in; else y -> method.output(p, x, y, base), as its `late` self."""
+
+    def __init__(self, site: Site, method: OnLinear, tensors: Tensors) -> None:
+        super().__init__(site, method, tensors)
+        self.late = Late(self)
+
+    def last(self, here: Ports) -> bool:
+        """Whether nothing behind this port needs x as it came."""
+        return here.entries[-1][1].port is self
+
+    def post(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        return y if self.last(here) else self.late.post(here, args, kwargs, y)
+
+
+class Entrance(Port):
+    """pre: x -> method.input(p, x), where the port that it belongs to is the last one."""
+
+    def __init__(self, port: InputPort) -> None:
+        super().__init__(port.site, port.method, port.tensors)
+        self.port = port
+
+    def pre(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        if not self.port.last(here):
+            return args, kwargs
+        x, *others = args or kwargs.values()
+        return (self.method.input(self.tensors(x.dtype), x), *others), {}
+
+
+class Late(LinearPort):
+    """An `InputPort` that acts when the layer has run."""
+
+    def __init__(self, port: InputPort) -> None:
+        super().__init__(port.site, port.method, port.tensors)
+        self.port = port
+
+    def before(self, here: Ports) -> list[LinearPort]:
+        return self.port.before(here)
+
+
 class BaseView:
     """The layer under a method, with what the ports before it make of its weight and bias; computed when it is read."""
 

@@ -58,7 +58,7 @@ class Fusion:
 class Joint:
     """How ports of one kind go together; lower ranks come first, equal ones keep the order in which each delta has them."""
 
-    make: Callable[[list[Share], Fusion], Any]
+    make: Callable[[list[Share], Fusion], Any]  # None where there is nothing to do
     rank: int = 9
 
 
@@ -117,7 +117,7 @@ def _in_turn(module: nn.Module, verb: Verb, shares: list[tuple[Rows, Whole]], fu
         kind = type(min((queue[0].port for queue in queues if queue), key=_rank))
         turn = [queue.pop(0) for queue in queues if queue and type(queue[0].port) is kind]
         ports.append(joint(turn[0].port).make(turn, fusion))
-    return ports
+    return [port for port in ports if port is not None]
 
 
 def _rank(port: Any) -> int:

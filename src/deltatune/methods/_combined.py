@@ -92,7 +92,7 @@ class Combined(Method):
         return self.mix(p, h, h, [c.stream(q, h) for c, q in self._kids(p)])
 
     def output(self, p: Any, x: Tensor, y: Tensor, *base: Base) -> Tensor:
-        return self.mix(p, x, y, [c.output(q, x, y, *base) for c, q in self._kids(p)])
+        return self.mix(p, x, y, [c.output(q, x, y.clone(), *base) for c, q in self._kids(p)])  # each uses it up
 
     def value(self, p: Any, theta: Tensor) -> Tensor:
         return self.mix(p, theta, theta, [c.value(q, theta) for c, q in self._kids(p)])

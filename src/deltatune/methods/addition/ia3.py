@@ -10,11 +10,12 @@ inputs; 2 d_kv + d_ff a layer at the default place.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltatune.core.fused import Fused, Remake, fusible, remake
 from deltatune.core.leaf import Leaf, Ones
 from deltatune.core.method import Base, OnLinear
 from deltatune.core.site import Site
@@ -36,10 +37,40 @@ class IA3(OnLinear):
     def bias(self, p: Any, b: Tensor | None) -> Tensor | None:
         return b if b is None or _at_input(p) else b * p.l.flatten().to(b.dtype)
 
+    def enters(self, site: Site) -> bool:
+        return site.side == "in"
+
+    def input(self, p: Any, x: Tensor) -> Tensor:
+        return _scaled(x, p.l)
+
     def output(self, p: Any, x: Tensor, y: Tensor, base: Base) -> Tensor:
         if _at_input(p):
-            return F.linear(x.to(y.dtype) * p.l, base.weight.to(y.dtype), base.bias)
-        return y * p.l.mT
+            return F.linear(_scaled(x.to(y.dtype), p.l), base.weight.to(y.dtype), base.bias)
+        return _scaled(y, p.l.mT)
+
+
+class Scaled(Fused):
+    """x * l for x [..., d] and l [1, d]; x is kept only where nothing makes it again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, l: Tensor, again: Remake | None) -> Tensor:  # noqa: E741
+        ctx.again = again
+        ctx.save_for_backward(l, *(() if again else (x,)))
+        return x * l
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (l, *kept) = grads, ctx.saved_tensors  # noqa: E741
+        gx = g * l if ctx.needs_input_grad[0] else None
+        x = kept[0] if kept else ctx.again()
+        return gx, (g * x).flatten(0, -2).sum(0, keepdim=True), None
+
+
+def _scaled(x: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+    """Return x * l."""
+    if fusible() and l.requires_grad and l.dim() == 2:
+        return cast(Tensor, Scaled.apply(x, l, remake(x)))
+    return x * l
 
 
 def _at_input(p: Any) -> bool:

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 from deltatune.core.leaf import Given, Init, KaimingUniform, Leaf, Shape, Zeros
 from deltatune.core.method import Base, OnLinear
 from deltatune.core.site import Site
+from deltatune.methods._low_rank import routed
 from deltatune.methods._sizes import check_least, check_rank
 
 
@@ -53,7 +54,7 @@ class DoRA(OnLinear):
     def output(self, p: Any, x: Tensor, y: Tensor, base: Base) -> Tensor:
         bias = base.bias
         Wx = y if bias is None else y - bias
-        Vx = Wx + (x.to(y.dtype) @ p.A.mT @ p.B.mT) * (self.alpha / self.rank)
+        Vx = routed(x, Wx, p.A, p.B, self.alpha / self.rank)
         new = Vx * (p.m / self._norms(p, base.weight).to(y.dtype))
         return new if bias is None else new + bias
 
@@ -61,7 +62,7 @@ class DoRA(OnLinear):
     def _norms(self, p: Any, W: Tensor) -> Tensor:
         # |W + V|^2 = |W|^2 + 2 <W, V> + |V|^2 by rows, each term without a matrix of the weight's size.
         precise = torch.promote_types(W.dtype, torch.float32)
-        A, B = p.A.to(W.dtype), p.B.to(precise) * (self.alpha / self.rank)
-        cross = ((W @ A.mT).to(precise) * B).sum(1)
-        own = ((B @ (A @ A.mT).to(precise)) * B).sum(1)
+        A, Bt = p.A.to(W.dtype), p.B.mT.to(precise) * (self.alpha / self.rank)
+        cross = ((A @ W.mT).to(precise) * Bt).sum(0)
+        own = (((A @ A.mT).to(precise) @ Bt) * Bt).sum(0)
         return (torch.linalg.vector_norm(W, dim=1, dtype=precise).square() + 2 * cross + own).sqrt()
