@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import deltatune as dt
-from deltatune.core.attach import tensors_of
+from deltatune.core.leaves import tensors_of
 from deltatune.core.method import Bag, Method
 from deltatune.core.motion import advance, drawn, penalty
 from tests import tiny

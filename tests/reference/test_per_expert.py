@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import deltatune as dt
-from deltatune.core.attach import tensors_of
+from deltatune.core.leaves import tensors_of
 from deltatune.core.method import Bag
 from deltatune.core.motion import advance, drawn, penalty
 from tests import tiny

@@ -10,6 +10,7 @@ from torch import nn
 from deltatune.backbones.anatomies import Family, Packed, Role, Tower, families
 from deltatune.backbones.infer import Modules, base_path, infer, inside, join
 from deltatune.backbones.sublayers import with_spans
+from deltatune.core import walk
 from deltatune.core.site import Anatomy, Heads, Part, Place, Stack, is_transposed
 
 PRETRAINED = "transformers.modeling_utils.PreTrainedModel"
@@ -21,7 +22,7 @@ def resolve(model: nn.Module) -> Anatomy | None:
 
     None when there is no such model, when there are several, or when nothing in it is recognised.
     """
-    modules = {p: m for p, m in model.named_modules(remove_duplicate=False) if p.split(".")[0] != "deltas"}
+    modules = {p: m for p, m in walk.modules(model).items() if p.split(".")[0] != "deltas"}
     hosts = {path: _model_type(module) for path, module in modules.items() if _is_pretrained(module)}
     outer = _outermost(list(hosts))
     known = _outermost([path for path, model_type in hosts.items() if model_type in families()])

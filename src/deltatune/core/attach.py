@@ -18,19 +18,17 @@ from torch import Tensor, nn
 
 from deltatune.core.builders import BUILDERS, Seat
 from deltatune.core.calls import Ports, with_ports, without_ports
-from deltatune.core.delta import Delta, Placement, place
+from deltatune.core.delta import Delta, Placement, as_delta, place
 from deltatune.core.fit import check_backbone, check_tensors
+from deltatune.core.leaves import Leaves, hold, key, tensors_of
 from deltatune.core.method import Method
-from deltatune.core.ports import PORTS, Edit, Setting, Tensors
+from deltatune.core.ports import PORTS, Edit, Setting
 from deltatune.core.site import Anatomy, anatomy
-from deltatune.core.stored import device, settle, share_gradients, stored, values
 from deltatune.core.stored import settings as needs
-from deltatune.core.weights import Weights, completed, fingerprint, init
+from deltatune.core.stored import settle, stored, values
+from deltatune.core.walk import modules, parameters
+from deltatune.core.weights import Weights, completed, fingerprint, start
 from deltatune.errors import DeltaTuneError
-
-
-class Leaves(nn.Module):
-    """One delta's tensors on a live backbone; parameters are trained, buffers are regenerated from a seed."""
 
 
 class Deltas(nn.Module):
@@ -133,11 +131,6 @@ class Attachment(Link):
         self.leaves.requires_grad_(False)
 
 
-def key(name: str) -> str:
-    """Return the name under which the module system, which allows no dots, holds the tensor `name`."""
-    return name.replace(".", "/")
-
-
 def attach(
     model: nn.Module, what: Weights | Delta | Method, name: str | None = None, seed: int = 0, check: bool = True
 ) -> Attachment:
@@ -146,13 +139,16 @@ def attach(
     `check=False` accepts a backbone of the same structure with other values. Raises `DeltaTuneError`, leaving the model
     as it was, when the name is taken, the backbone is another one, or the tensors do not fit.
     """
-    weights = what if isinstance(what, Weights) else init(what, model, seed)
-    name = free_name(model, name)
-    check_backbone(weights.backbone, fingerprint(model), check)
-    placements = place(model, weights.delta)
-    check_tensors(weights, placements)
+    name, parts = free_name(model, name), anatomy(model)
+    if isinstance(what, Weights):
+        weights, placements = what, place(model, what.delta, parts)
+        check_backbone(weights.backbone, fingerprint(model), check)
+        check_tensors(weights, placements)
+    else:
+        placements = place(model, as_delta(what), parts)
+        weights = start(as_delta(what), model, placements, seed)
     leaves = hold(model, weights, placements)
-    edits, settings = plan(model, placements, leaves)
+    edits, settings = plan(model, placements, leaves, parts)
     attachment = Attachment(model, name, weights, placements, leaves)
     hang(attachment, settings)
     put(attachment, edits)
@@ -178,32 +174,14 @@ def free_name(model: nn.Module, name: str | None, prefix: str = "delta") -> str:
     return name
 
 
-def hold(model: nn.Module, weights: Weights, placements: list[Placement], learn: bool = True) -> Leaves:
-    """Return a module that holds the weights' tensors, each on the device of its site: copies, if they are to `learn`."""
-    leaves = Leaves()
-    held = completed(model, weights, placements)
-    for placement in placements:
-        here = device(model.get_submodule(placement.site.path))
-        for leaf, declared in placement.leaves.items():
-            name = placement.name(leaf)
-            if key(name) in leaves._parameters or key(name) in leaves._buffers:
-                continue
-            tensor = held[name].detach().to(here, copy=learn)
-            if declared.trained and learn:
-                leaves.register_parameter(key(name), nn.Parameter(tensor))
-            else:
-                leaves.register_buffer(key(name), tensor, persistent=False)
-    share_gradients(leaves, model)
-    return leaves
-
-
 def plan(
     model: nn.Module, placements: list[Placement], leaves: Leaves, parts: Anatomy | None = None
 ) -> tuple[list[Edit], list[Setting]]:
     """Return the ports that a delta puts at the model's modules, and the settings that they need; touches nothing."""
     terms: dict[int, list[Seat]] = {}
     for placement in placements:
-        inner = replace(placement, method=placement.method.computes)
+        acting = placement.method.computes
+        inner = placement if acting is placement.method else replace(placement, method=acting)
         terms.setdefault(placement.term, []).append((inner, tensors_of(placement, leaves)))
     edits: list[Edit] = []
     settings = [Setting(*needed) for needed in needs(model)]
@@ -220,19 +198,14 @@ def plan(
     return edits, settings
 
 
-def tensors_of(placement: Placement, leaves: nn.Module) -> Tensors:
-    """Return what reads the tensors of a placement from the module that holds them."""
-    return Tensors(placement.method, leaves, {leaf: key(placement.name(leaf)) for leaf in placement.leaves})
-
-
 def hang(link: Link, settings: Iterable[Setting]) -> None:
     """Hang a link's leaves under the model, which freezes the backbone, and change what its ports need changed."""
     model = link.model
     if "deltas" not in model._modules:
-        model.add_module(
-            "deltas", Deltas({n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)})
-        )
-        model.requires_grad_(False)
+        own = dict(parameters(model))
+        model.add_module("deltas", Deltas({name: p.requires_grad for name, p in own.items()}))
+        for parameter in own.values():
+            parameter.requires_grad_(False)
     deltas: Any = model._modules["deltas"]
     deltas.add_module(link.name, link.leaves)
     deltas.attached[link.name] = link
@@ -275,13 +248,13 @@ def take_off(link: Link, modules: Iterable[nn.Module]) -> None:
 def _remove(link: Link) -> None:
     model = link.model
     deltas: Any = model._modules["deltas"]
-    take_off(link, list(model.modules()))
+    take_off(link, modules(model).values())
     del deltas._modules[link.name], deltas.attached[link.name]
     if not deltas.attached:
         for setting, before in reversed(deltas.settings):
             setattr(setting.owner, setting.attribute, before)
         del model._modules["deltas"]
-        for path, parameter in model.named_parameters(remove_duplicate=False):
+        for path, parameter in parameters(model):
             parameter.requires_grad_(deltas.frozen.get(path, parameter.requires_grad))
 
 

@@ -25,6 +25,7 @@ from deltatune.core.ports import (
     WeightPort,
 )
 from deltatune.core.site import Anatomy, Site, read_by
+from deltatune.core.walk import submodule
 from deltatune.errors import DeltaTuneError
 
 Seat = tuple[Placement, Tensors]
@@ -57,7 +58,7 @@ def first_argument(module: nn.Module) -> str:
 
 def _linear(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> Built:
     site, method = placement.site, placement.method
-    module = model.get_submodule(site.path)
+    module = submodule(model, site.path)
     if site.kind not in ("embedding", "conv") and read_by(model, site.path) is None:
         return _called(module, site, method, tensors), []  # type: ignore[arg-type]
     weight, bias = WeightPort(site, method, tensors), BiasPort(site, method, tensors)
@@ -95,7 +96,7 @@ def _ladder(model: nn.Module, anatomy: Anatomy, seats: list[Seat]) -> Built:
         own = sorted((s for s in seats if s[0].site.stack == stack), key=lambda seat: seat[0].site.layer or 0)
         ladder = Ladder()
         for rung, (placement, tensors) in enumerate(own):
-            module = model.get_submodule(placement.site.path)
+            module = submodule(model, placement.site.path)
             ends = rung == 0, rung == len(own) - 1
             port = LadderPort(placement.site, placement.method, tensors, first_argument(module), ladder, *ends)
             edits.append(Edit(module, "post", port))
@@ -110,16 +111,16 @@ def _ladder(model: nn.Module, anatomy: Anatomy, seats: list[Seat]) -> Built:
 
 def _ends(model: nn.Module, site: Site) -> tuple[nn.Module, nn.Module]:
     """Return the modules at which a site begins and ends."""
-    module = model.get_submodule(site.path)
-    return module, module if site.exit is None else model.get_submodule(site.exit)
+    module = submodule(model, site.path)
+    return module, module if site.exit is None else submodule(model, site.exit)
 
 
 def _param(model: nn.Module, path: str, name: str, port: TensorPort | WeightPort | BiasPort) -> Edit:
     """Return the edit of one parameter: at its module, or at the module that reads it without calling its own."""
     over = read_by(model, path)
     if over is None:
-        return Edit(model.get_submodule(path), "param", port, name)
-    return Edit(model.get_submodule(over), "param", port, f"{path.rpartition('.')[2]}.{name}")
+        return Edit(submodule(model, path), "param", port, name)
+    return Edit(submodule(model, over), "param", port, f"{path.rpartition('.')[2]}.{name}")
 
 
 def _tensor(model: nn.Module, anatomy: Anatomy, placement: Placement, tensors: Tensors) -> Built:

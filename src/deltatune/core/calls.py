@@ -31,12 +31,14 @@ class Ports:
     def change(self, entries: list[tuple[str, Edit]]) -> None:
         """Replace the entries and sort their ports by verb, so that a call only walks tuples."""
         self.entries = entries
-        verbs = ("pre", "post", "heads", "around", "scope")
-        by_verb = {verb: tuple(e.port for _, e in entries if e.verb == verb) for verb in verbs}
-        self.pre, self.post, self.heads = by_verb["pre"], by_verb["post"], by_verb["heads"]
-        self.around, self.scope = by_verb["around"], by_verb["scope"]
-        names = dict.fromkeys(e.name for _, e in entries if e.verb == "param")
-        self.param = tuple((n, tuple(e.port for _, e in entries if e.verb == "param" and e.name == n)) for n in names)
+        by_verb: dict[str, list[Any]] = {"pre": [], "post": [], "heads": [], "around": [], "scope": []}
+        by_name: dict[str, list[Any]] = {}
+        for _, edit in entries:
+            ports = by_name.setdefault(edit.name, []) if edit.verb == "param" else by_verb[edit.verb]
+            ports.append(edit.port)
+        self.pre, self.post, self.heads = tuple(by_verb["pre"]), tuple(by_verb["post"]), tuple(by_verb["heads"])
+        self.around, self.scope = tuple(by_verb["around"]), tuple(by_verb["scope"])
+        self.param = tuple((name, tuple(ports)) for name, ports in by_name.items())
 
 
 def run(here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -14,6 +14,7 @@ from deltatune.core.method import Method
 from deltatune.core.site import Anatomy, Site, anatomy, read_by
 from deltatune.core.spec import evaluate, from_json, literal, read
 from deltatune.core.stored import device, quantised, shape
+from deltatune.core.walk import submodule
 from deltatune.core.where import select
 from deltatune.errors import DeltaTuneError
 
@@ -97,12 +98,12 @@ def _method(node: ast.expr, text: str) -> Method:
     return value
 
 
-def place(model: nn.Module, delta: Delta) -> list[Placement]:
+def place(model: nn.Module, delta: Delta, parts: Anatomy | None = None) -> list[Placement]:
     """Find every site of `delta` in `model` and what each method declares there; touches nothing.
 
     Raises `DeltaTuneError` when a where matches nothing or finds a site that its method cannot act on.
     """
-    parts, placements = anatomy(model), []
+    parts, placements = parts or anatomy(model), []
     for index, term in enumerate(delta.terms):
         sites = _sites(model, term, parts)
         if not sites:
@@ -144,7 +145,7 @@ def _sites(model: nn.Module, term: Term, parts: Anatomy) -> list[Site]:
 
 def _check_free(model: nn.Module, term: Term, path: str, name: str) -> None:
     """Raise `DeltaTuneError` for a method that puts a new value in the place of a quantised or offloaded parameter."""
-    module = model.get_submodule(path)
+    module = submodule(model, path)
     parameter = module._parameters.get(name)
     if parameter is not None and parameter.is_meta and device(module).type != "meta":
         raise DeltaTuneError(

@@ -99,7 +99,7 @@ class Normal(Init):
     std: float = 0.02
 
     def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
-        return torch.randn(shape, generator=generator) * self.std
+        return torch.randn(shape, generator=generator).mul_(self.std)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Uniform(Init):
     bound: float = 0.5
 
     def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
-        return (torch.rand(shape, generator=generator) * 2 - 1) * self.bound
+        return torch.rand(shape, generator=generator).mul_(2).sub_(1).mul_(self.bound)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from deltatune.core.attach import Attachment, key, tensors_of
+from deltatune.core.attach import Attachment
 from deltatune.core.delta import Placement, place
 from deltatune.core.fit import check_backbone, check_tensors
+from deltatune.core.leaves import key, tensors_of
 from deltatune.core.method import OnLinear
 from deltatune.core.ports import Tensors
 from deltatune.core.report import TOLERANCE, Report, refuse

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from deltatune.core.attach import Attachment, tensors_of
+from deltatune.core.attach import Attachment
 from deltatune.core.delta import Placement
+from deltatune.core.leaves import tensors_of
 from deltatune.core.method import Bag
 
 

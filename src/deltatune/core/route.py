@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from deltatune.core import gather  # noqa: F401 (says how ports on linears and hidden states go together)
 from deltatune.core.attach import (
     Attachment,
-    Leaves,
     Link,
     change_settings,
     free_name,
     hang,
-    hold,
     links,
     plan,
     put,
@@ -31,6 +29,7 @@ from deltatune.core.attach import (
 from deltatune.core.calls import Ports
 from deltatune.core.delta import Delta, Placement, as_delta, place
 from deltatune.core.fit import check_backbone, check_tensors
+from deltatune.core.leaves import Leaves, hold
 from deltatune.core.method import Method
 from deltatune.core.ports import Call, Edit
 from deltatune.core.rows import Rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -167,7 +168,7 @@ class Site:
             W = self.part.put(before.mT if self.transposed else before, W, 0)
         return W.mT if self.transposed else W.reshape(before.shape)
 
-    @property
+    @cached_property
     def address(self) -> str:
         """A name for this site, unique in its backbone and stable across processes."""
         part = f"[{self.role.rpartition('.')[2]}]" if self.part else ""
@@ -198,9 +199,8 @@ def describe(site: Site, module: nn.Module, width: int) -> Site:
     """Fill in what the module itself tells: its kind and its widths (`width` for containers, in features)."""
     if site.exit:
         return replace(site, kind="container", d_in=width, d_out=width)
-    own = {name: p for name, p in module.named_parameters(recurse=False)}
-    weight = own.get("weight")
-    bias = "bias" in own
+    weight = module._parameters.get("weight")
+    bias = module._parameters.get("bias") is not None
     if isinstance(module, nn.Embedding):
         sizes = {"d_in": module.num_embeddings, "d_out": module.embedding_dim}
         return replace(site, kind="embedding", transposed=True, **sizes)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltatune.core.walk import modules
 from deltatune.errors import DeltaTuneError
 
 ORDINARY = (Tensor, nn.Parameter)
@@ -100,7 +101,7 @@ def stored(new: Tensor, like: Tensor) -> Tensor:
 
 def settings(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """Return what modules need for their kind of storage while a delta is attached: (module, attribute, value)."""
-    found = ((m, storage(p)) for m in model.modules() for p in m._parameters.values() if p is not None)
+    found = ((m, storage(p)) for m in modules(model).values() for p in m._parameters.values() if p is not None)
     return [(module, *setting) for module, kind in found if kind is not None for setting in kind.settings]
 
 
@@ -108,7 +109,8 @@ class Values(Mapping[str, Tensor]):
     """The values of a module's own parameters by name, computed when they are looked at."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.parameters = module, dict(module.named_parameters(recurse=False))
+        self.module = module
+        self.parameters = {name: p for name, p in module._parameters.items() if p is not None}
 
     def __getitem__(self, name: str) -> Tensor:
         return values(self.parameters[name], self.module)
@@ -122,7 +124,8 @@ class Values(Mapping[str, Tensor]):
 
 def device(module: nn.Module) -> torch.device:
     """Return where a module computes: where its first parameter is, or comes to for a call, or where its shards are."""
-    first: Any = next(module.parameters())
+    own = next((p for p in module._parameters.values() if p is not None), None)
+    first: Any = next(module.parameters()) if own is None else own
     if first.is_meta:
         found = (offloader(inner) for inner in module.modules() for offloader in OFFLOADERS)
         return next((there for there in found if there is not None), first.device)

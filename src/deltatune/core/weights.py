@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from deltatune.core.delta import Delta, Placement, as_delta, parse, place
 from deltatune.core.leaf import Given, Held
 from deltatune.core.method import Method
 from deltatune.core.stored import Values, codes, shape
+from deltatune.core.walk import parameters, submodule
 from deltatune.errors import DeltaTuneError
 from deltatune.files import write_bytes, write_json
 
@@ -62,19 +64,28 @@ class Fingerprint:
 
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Return the fingerprint of a backbone, without what deltas add to it."""
-    shapes, values, known = hashlib.sha256(), hashlib.sha256(), True
-    for name, tensor in model.named_parameters():
-        if name.startswith("deltas."):
+    shapes, samples, known = hashlib.sha256(), [], True
+    seen: set[int] = set()
+    for name, tensor in parameters(model):
+        if name.startswith("deltas.") or id(tensor) in seen:
             continue
+        seen.add(id(tensor))
         shapes.update(f"{name}{list(shape(tensor))}".encode())
         known = known and not (tensor.is_meta or tensor.is_complex())
         if known:
             flat = codes(tensor).detach().reshape(-1)
-            picked = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-            sample = flat[picked.to(flat.device)].to("cpu", torch.bfloat16)
-            values.update(sample.view(torch.int16).numpy().tobytes())
+            samples.append(flat[_picked(flat.numel(), flat.device)].to("cpu", torch.bfloat16))
     family = next(kind.__name__ for kind in type(model).__mro__ if "forward" in vars(kind))  # FSDP2 adds a subclass
-    return Fingerprint(family, shapes.hexdigest()[:16], values.hexdigest()[:16] if known else None)
+    if not known:
+        return Fingerprint(family, shapes.hexdigest()[:16], None)
+    values = torch.cat([*samples, torch.empty(0, dtype=torch.bfloat16)]).view(torch.int16).numpy().tobytes()
+    return Fingerprint(family, shapes.hexdigest()[:16], hashlib.sha256(values).hexdigest()[:16])
+
+
+@lru_cache(maxsize=256)
+def _picked(size: int, device: torch.device) -> Tensor:
+    """Return the places of the values that the fingerprint looks at."""
+    return torch.linspace(0, size - 1, min(SAMPLES, size), dtype=torch.float64).long().to(device)
 
 
 @dataclass(frozen=True)
@@ -200,7 +211,13 @@ def init(delta: Delta | Method, model: nn.Module, seed: int = 0, evidence: Mappi
     `evidence` supplies what an initialiser declares in `needs` (a tokenizer, say); raises `DeltaTuneError` when it lacks.
     """
     delta = as_delta(delta)
-    placements = place(model, delta)
+    return start(delta, model, place(model, delta), seed, evidence)
+
+
+def start(
+    delta: Delta, model: nn.Module, placements: list[Placement], seed: int, evidence: Mapping[str, Any] | None = None
+) -> Weights:
+    """Return fresh weights of a delta whose placements are known."""
     held = _starts(model, placements, seed, ("trained", "stored"), evidence or {})
     return Weights(delta, held["trained"], fingerprint(model), seed, fixed=held["stored"])
 
@@ -222,16 +239,19 @@ def _starts(
     """Return the start of all leaves that are held in one of some ways, site by site."""
     found: dict[Held, dict[str, Tensor]] = {kind: {} for kind in kinds}
     used: Counter[tuple[Held, str]] = Counter()
+    generator = Generator()
     for placement in placements:
         wanted: dict[str, Held] = {leaf: d.kind for leaf, d in placement.leaves.items() if d.kind in kinds}
         if not wanted:
             continue
-        given = Given(placement.site, Values(model.get_submodule(placement.site.path)), evidence)
+        given = Given(placement.site, Values(submodule(model, placement.site.path)), evidence)
         for leaf, kind in wanted.items():
             name = placement.name(leaf)
             if name not in found[kind]:
                 identity = name.partition(".")[2]
-                found[kind][name] = _start(placement, leaf, f"{seed}|{identity}|{used[kind, identity]}", given)
+                found[kind][name] = _start(
+                    placement, leaf, generator.manual_seed(_number(f"{seed}|{identity}|{used[kind, identity]}")), given
+                )
                 used[kind, identity] += 1
     return found
 
@@ -241,14 +261,18 @@ def completed(model: nn.Module, weights: Weights, placements: list[Placement]) -
     return {**generate(model, placements, weights.seed, "seeded", {}), **weights.held}
 
 
-def _start(placement: Placement, leaf: str, identity: str, given: Given) -> Tensor:
+def _number(identity: str) -> int:
+    """Return the seed of a leaf."""
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:7], "big")
+
+
+def _start(placement: Placement, leaf: str, generator: Generator, given: Given) -> Tensor:
     declared = placement.leaves[leaf]
     lacking = declared.init.needs - set(given.evidence)
     if lacking:
         raise DeltaTuneError(
             f"{placement.method} starts from {sorted(lacking)}: pass init(..., evidence={{{sorted(lacking)[0]!r}: ...}})."
         )
-    generator = Generator().manual_seed(int.from_bytes(hashlib.sha256(identity.encode()).digest()[:7], "big"))
     tensor = declared.init.fill(declared.shape, generator, given)
     if tuple(tensor.shape) != declared.shape:
         raise DeltaTuneError(

@@ -18,6 +18,7 @@ from typing import Literal
 
 from torch import nn
 
+from deltatune.core import walk
 from deltatune.core.site import ROLES, Anatomy, Place, Site, describe
 from deltatune.errors import DeltaTuneError, nearest
 
@@ -124,7 +125,7 @@ def _layers(text: str | None, where: str) -> slice | int | None:
 
 def select(model: nn.Module, where: str, anatomy: Anatomy) -> list[Site]:
     """Return the sites of `where` in `model`, in the order of the alternatives and of the blocks, each module once."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = walk.modules(model)
     found: dict[tuple[int, object, str | None, str], Site] = {}
     for atom in parse(where):
         places = _by_path(atom, modules) if atom.path is not None else _by_role(atom, anatomy)
