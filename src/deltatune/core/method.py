@@ -37,6 +37,10 @@ class Base(Protocol):
     def weight(self) -> Tensor: ...
     @property
     def bias(self) -> Tensor | None: ...
+    @property
+    def plain(self) -> Tensor | None:
+        """The weight, where the layer is no more than x W^T + b, frozen, in the type of its output; else None."""
+        ...
 
 
 class Method(Spec):

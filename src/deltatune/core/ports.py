@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deltatune.core.method import Bag, Method, OnLinear
 from deltatune.core.site import Part, Site
-from deltatune.core.stored import values
+from deltatune.core.stored import ORDINARY, values
 from deltatune.errors import DeltaTuneError
 
 if TYPE_CHECKING:
@@ -120,6 +120,12 @@ class Late(LinearPort):
         return self.port.before(here)
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether somebody else has a hand in what a module computes: hooks, or another forward."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return "forward" in module.__dict__ or any(hooks)
+
+
 class BaseView:
     """The layer under a method, with what the ports before it make of its weight and bias; computed when it is read."""
 
@@ -132,6 +138,17 @@ class BaseView:
         for port in self.port.before(self.here):
             W = port.method.weight(port.tensors(W.dtype), W)
         return W
+
+    @property
+    def plain(self) -> Tensor | None:
+        module, here = self.here.module, self.here
+        alone = here.post[0] is self.port and not (here.param or here.around or watched(module))
+        kind: Any = type(module)._deltatune_base  # type: ignore[attr-defined]
+        if not alone or kind is not nn.Linear or self.port.site.part is not None:
+            return None
+        W: Any = module.weight
+        frozen = not any(p is not None and p.requires_grad for p in module._parameters.values())
+        return W if frozen and type(W) in ORDINARY and not torch.is_autocast_enabled(W.device.type) else None
 
     @property
     def bias(self) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from deltatune.core.fused import Fused, Remake, fusible, own, remake
 from deltatune.core.leaf import Given
+from deltatune.core.method import Base
 
 
 def changed(W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
@@ -17,8 +18,11 @@ def changed(W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     return W + scale * (B @ A).to(W.dtype)
 
 
-def routed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
-    """Return y + scale (x A^T) B^T, which needs no matrix of the weight's size; A and B may be each row's own [rows, ...]."""
+def routed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, base: Base | None = None) -> Tensor:
+    """Return y + scale (x A^T) B^T, which needs no matrix of the weight's size; A and B may be each row's own [rows, ...].
+
+    With `base`, y is what that layer made of x, and the gradient of x is computed for both at once.
+    """
     x = x.to(y.dtype)
     if B.dim() == 3:
         h = x @ A.mT
@@ -26,6 +30,9 @@ def routed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Te
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not fusible()):
         return y + (x @ A.mT @ B.mT) * scale
     if torch.is_grad_enabled():
+        W = base.plain if base is not None and A.requires_grad and x.requires_grad else None
+        if W is not None:
+            return cast(Tensor, Both.apply(x, y.detach(), A, B, scale, W, remake(x)))
         h = cast(Tensor, Down.apply(x, A, remake(x) if A.requires_grad else None))
         return cast(Tensor, Up.apply(h, y, B, scale))
     return _added(y, A @ _flat(x).mT, B, scale, y.is_contiguous())
@@ -71,6 +78,30 @@ class Up(Fused):
         gh = (B.mT * ctx.scale).contiguous() @ _flat(g).mT if to_h else None
         gB = (h @ _flat(g)).mT * ctx.scale if to_B else None
         return gh, g if to_y else None, gB, None
+
+
+class Both(Fused):
+    """y + scale (x A^T) B^T for y = x W^T + b, whose own backward it takes over: g W + g B A in one place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, W: Tensor, again: Remake | None
+    ) -> Tensor:
+        h = A @ _flat(x).mT
+        ctx.shape, ctx.scale, ctx.again = x.shape, scale, again
+        ctx.save_for_backward(h, A, B, W, *(() if again else (x,)))
+        return _added(y, h, B, scale, y.is_contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (h, A, B, W, *kept) = grads, ctx.saved_tensors
+        x, g = _flat(kept[0] if kept else ctx.again()), _flat(g)
+        gh = (B.mT * ctx.scale).contiguous() @ g.mT
+        if torch.is_grad_enabled():
+            h, gx = A @ x.mT, g @ W + gh.mT @ A
+        else:
+            gx = (g @ W).addmm_(gh.mT, A)
+        return gx.view(ctx.shape), None, gh @ x, (h @ g).mT * ctx.scale, None, None, None
 
 
 def _added(y: Tensor, h: Tensor, B: Tensor, scale: float, over: bool) -> Tensor:

@@ -54,7 +54,7 @@ class LoRA(OnLinear):
         return changed(W, p.A, p.B, self.alpha / self.rank)
 
     def output(self, p: Any, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        return routed(x, y, p.A, p.B, self.alpha / self.rank)
+        return routed(x, y, p.A, p.B, self.alpha / self.rank, base)
 
 
 def rslora(rank: int = 8, alpha: float = 16.0, init: Start | Init = LoRA.init) -> LoRA:
