@@ -112,6 +112,37 @@ def test_arrow_sends_each_token_to_the_expert_that_answers_most_to_it():
         dt.arrow(net, [dt.init(dt.Adapter().at("path:inner:out"), net)])
 
 
+HELD_IN_EVERY_WAY = [dt.VeRA(rank=3), dt.LoRAXS(rank=2), dt.LoRAFA(rank=2), dt.IA3(), dt.DoRA(rank=2), dt.LoHa(rank=2)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", HELD_IN_EVERY_WAY, ids=str)
+def test_arrow_takes_what_experts_train_store_and_regenerate(method, tmp_path):
+    net = case(method)[0]
+    experts = [busy(dt.init(method.at("path:inner"), net, seed=seed), seed, size=0.5) for seed in (3, 4)]
+    mixed = dt.arrow(net, experts, top=1)
+    assert mixed.count == sum(expert.count for expert in experts)
+    for i, expert in enumerate(experts):
+        change = dt.merge(net, expert)["inner.weight"] - net.inner.weight
+        along = mixed.fixed["0.inner.R"][i]
+        torch.testing.assert_close((change @ along).norm(), torch.linalg.matrix_norm(change, 2), rtol=1e-4, atol=1e-6)
+    mixed.write(tmp_path)
+    x = torch.randn(32, D, generator=torch.Generator().manual_seed(1))
+    picked = (x @ mixed.fixed["0.inner.R"].T).abs().argmax(-1)
+    assert set(picked.tolist()) == {0, 1}
+    apart = torch.stack([result(net, expert, x) for expert in experts])
+    expected = apart[picked, torch.arange(len(x))]
+    torch.testing.assert_close(result(net, dt.Weights.read(tmp_path), x), expected, rtol=0, atol=1e-5)
+
+
+def test_arrow_refuses_experts_of_another_backbone():
+    net, weights, *_ = case(dt.LoRA(rank=2))
+    other = case(dt.LoRA(rank=2), seed=1)[0]
+    with pytest.raises(dt.DeltaTuneError, match=r"other values .*check=False"):
+        dt.arrow(other, [weights])
+    assert dt.arrow(other, [weights], check=False).count == weights.count
+
+
 @torch.no_grad()
 def test_methods_in_a_stack_see_what_the_one_before_made():
     net, weights, p, x = case(dt.Stack((dt.Adapter(size=2), dt.Adapter(size=3))))

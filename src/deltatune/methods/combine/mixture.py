@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltatune.core.delta import place
-from deltatune.core.leaf import Leaf, Normal
+from deltatune.core.fit import check_backbone, check_tensors
+from deltatune.core.leaf import Given, Leaf, Normal
 from deltatune.core.method import Bag, Method
 from deltatune.core.site import Site
-from deltatune.core.weights import Weights, init
+from deltatune.core.stored import Values
+from deltatune.core.weights import Weights, completed, fingerprint
 from deltatune.errors import DeltaTuneError
 from deltatune.methods._combined import Combined
 from deltatune.methods._mixed import no_heads, some
@@ -77,11 +79,14 @@ class Arrow(Mixture):
 
 
 @torch.no_grad()
-def arrow(model: nn.Module, experts: Sequence[Weights], top: int = 3, temperature: float = 1.0) -> Weights:
+def arrow(
+    model: nn.Module, experts: Sequence[Weights], top: int = 3, temperature: float = 1.0, check: bool = True
+) -> Weights:
     """Return the mixture of weights trained apart; row i of R is the direction that expert i's change answers most to.
 
-    That is the first right singular vector of W'_i - W (Ostapenko et al., 2024, arXiv:2405.11157). Raises `DeltaTuneError`
-    unless every expert is one method on linear layers at one and the same where.
+    That is the first right singular vector of W'_i - W (Ostapenko et al., 2024, arXiv:2405.11157). What an expert stores or
+    regenerates from its seed is stored here. Raises `DeltaTuneError` unless every expert is one method on linear layers at
+    one and the same where, made for this backbone (`check=False` allows other values).
     """
     terms = [w.delta.terms for w in experts]
     if (
@@ -92,19 +97,35 @@ def arrow(model: nn.Module, experts: Sequence[Weights], top: int = 3, temperatur
         raise DeltaTuneError(
             f"arrow mixes weights of one method on linear layers at one where; found {', '.join(str(w.delta) for w in experts)}."
         )
-    delta = Arrow(tuple(t[0].method for t in terms), min(top, len(experts)), temperature).at(terms[0][0].where)
-    started = init(delta, model)
-    tensors, fixed = dict(started.tensors), dict(started.fixed)
+    methods = tuple(t[0].method for t in terms)
+    delta = Arrow(methods, min(top, len(methods)), temperature).at(terms[0][0].where)
+    backbone = fingerprint(model)
+    for expert in experts:
+        check_backbone(expert.backbone, backbone, check)
+    leaves = [_by_site(model, expert) for expert in experts]
+    tensors: dict[str, Tensor] = {}
+    fixed: dict[str, Tensor] = {}
     for placement in place(model, delta):
-        rows = []
-        for i, expert in enumerate(experts):
-            own = {n: expert.held[f"0.{placement.site.address}.{n}"] for n in terms[i][0].method.leaves(placement.site)}
-            tensors |= {placement.name(f"{i}/{n}"): tensor for n, tensor in own.items()}
-            rows.append(_direction(terms[i][0].method, own, placement.site))
-        fixed[placement.name("R")] = torch.stack(rows)
-    return Weights(delta, tensors, started.backbone, started.seed, fixed=fixed)
+        site = placement.site
+        W = Given(site, Values(model.get_submodule(site.path))).weight.double()
+        own = [by_site[site.address] for by_site in leaves]
+        for name, tensor in ((f"{i}/{leaf}", t) for i, found in enumerate(own) for leaf, t in found.items()):
+            (tensors if placement.leaves[name].trained else fixed)[placement.name(name)] = tensor
+        rows = [_direction(method, found, W) for method, found in zip(methods, own, strict=True)]
+        fixed[placement.name("R")] = torch.stack(rows).float()
+    return Weights(delta, tensors, backbone, fixed=fixed)
 
 
-def _direction(method: Any, leaves: dict[str, Tensor], site: Site) -> Tensor:
-    change = method.computes.weight(method.unfold(Bag(leaves)), torch.zeros(site.d_out, site.d_in))
+def _by_site(model: nn.Module, expert: Weights) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of all leaves of an expert by the address of their site and their name."""
+    placements = place(model, expert.delta)
+    check_tensors(expert, placements)
+    held = completed(model, expert, placements)
+    return {p.site.address: {leaf: held[p.name(leaf)] for leaf in p.leaves} for p in placements}
+
+
+def _direction(method: Any, leaves: dict[str, Tensor], W: Tensor) -> Tensor:
+    """Return the first right singular vector of W' - W, with W [d_out, d_in] in float64."""
+    p = Bag({name: t.double() if t.is_floating_point() else t for name, t in leaves.items()})
+    change = method.computes.weight(method.unfold(p), W) - W
     return torch.linalg.svd(change, full_matrices=False).Vh[0]
