@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import deltatune as dt
 from deltatune.errors import DeltaTuneError
+from deltatune.files import write_json
 from deltatune.study import Plan, run_study, status
 from deltatune.study.crew import Crew
 from deltatune.study.inputs import inspect
@@ -214,3 +217,19 @@ def wait_for(found: Callable, seconds: float = 60.0):
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.05)
     return value
+
+
+def test_a_run_done_with_other_defaults_of_its_method_is_another_run(write: Callable, tmp_path: Path) -> None:
+    folder, plan = tmp_path / "study", write(tasks='"topic"', seeds="0")
+    do(plan, folder)
+    assert status(folder).complete
+    path = next(path for path in folder.glob("runs/*/run.json") if "LoRA" in path.read_text())
+    record = json.loads(path.read_text())
+    assert record["delta"] == "LoRA(rank=2)" and record["terms"] == dt.parse("LoRA(rank=2)").to_json()
+    record["terms"][0]["method"]["LoRA"]["alpha"] = 1.0
+    write_json(path, record)
+    assert status(folder).counts == {"done": 1, "pending": 1}
+    assert {run.delta for run in Store(folder).found()} == {"Full()"}
+    del record["terms"]  # as kept by versions that wrote the text alone
+    write_json(path, record)
+    assert status(folder).complete

@@ -116,11 +116,14 @@ class Store:
         """Every run that was begun in the directory, those of earlier plans included.
 
         Another version of the software may give a run another id; of two folders with the same run the later one counts.
+        It may also give a method other defaults: a run that was done with those of its time is another one.
         """
         from deltatune.tuning import Run
 
-        records = sorted((self.folder / "runs").glob("*/run.json"), key=lambda path: (path.stat().st_mtime_ns, path))
-        return {Run.from_json(_without_id(read_json(path))): self.find(path.parent.name) for path in records}
+        paths = sorted((self.folder / "runs").glob("*/run.json"), key=lambda path: (path.stat().st_mtime_ns, path))
+        records = {path.parent.name: read_json(path) for path in paths}
+        runs = {id: Run.of_record(record) for id, record in records.items()}
+        return {run: self.find(id) for id, run in runs.items() if run.means(records[id])}
 
     def dev_scores(self, plan: Plan) -> dict[Run, float | None]:
         """The dev score of every finished search run, None where it failed."""
@@ -132,7 +135,7 @@ class Store:
         """Record what a run is, so that the directory explains itself without the data that the id is made from."""
         path = self.run_folder(run.id) / "run.json"
         if not path.exists():
-            write_json(path, {"id": run.id, **run.to_json()})
+            write_json(path, run.record())
 
     def fail(self, id: str, error: str, message: str) -> None:
         """Record that a run failed."""
@@ -174,7 +177,3 @@ class Store:
             except BlockingIOError:
                 return True
         return False
-
-
-def _without_id(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name != "id"}

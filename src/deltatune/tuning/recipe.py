@@ -17,6 +17,7 @@ from deltatune.errors import DeltaTuneError, nearest
 OPTIMIZERS = ("adamw", "adafactor", "sgd")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
+TERMS = "terms"  # in a record, beside the delta's text
 
 Value = TypeVar("Value", bound="Recipe | Run")
 
@@ -100,7 +101,6 @@ class Run:
     @cached_property
     def id(self) -> str:
         """12 hex digits of the SHA-256 over this run and the contents of its task, its backbone and its start."""
-        import deltatune as dt
         from deltatune.backbones import digest
         from deltatune.formats.hub import local
         from deltatune.tasks import task
@@ -108,7 +108,7 @@ class Run:
         content = {
             **self.to_json(),
             # The text leaves defaults out; the JSON spells them, so that a later default makes another run.
-            "delta": dt.parse(self.delta).to_json(),
+            "delta": _spelled(self.delta),
             "task_digest": task(self.task).digest,
             "backbone_digest": digest(self.backbone),
             **({"start": _digest(local(Path(self.start)))} if self.start is not None else {}),
@@ -128,6 +128,27 @@ class Run:
         if missing:
             raise DeltaTuneError(f"run: there is no {missing[0]!r}; a run names a delta, a backbone and a task.")
         return cls(**{**values, "recipe": Recipe.from_json(values.get("recipe", {}))})
+
+    def record(self) -> dict[str, Any]:
+        """Return what a folder keeps of the run: its id, its fields, and the terms of its delta with every default spelled."""
+        return {"id": self.id, **self.to_json(), TERMS: _spelled(self.delta)}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Run:
+        """Build the run from what `record` returned, its delta from the text."""
+        return cls.from_json({name: value for name, value in record.items() if name not in ("id", TERMS)})
+
+    def means(self, record: Mapping[str, Any]) -> bool:
+        """Whether its delta is the recorded one: the same text meant another when a method had other defaults."""
+        spelled = _spelled(self.delta)
+        return record.get(TERMS, spelled) == spelled
+
+
+def _spelled(delta: str) -> Any:
+    """Return the JSON of a delta's text, in which no default is left out, as it reads back from a file."""
+    import deltatune as dt
+
+    return json.loads(json.dumps(dt.parse(delta).to_json()))
 
 
 def _digest(weights: Path) -> str:

@@ -25,7 +25,7 @@ from deltatune.tuning.checkpoint import remove_checkpoint
 from deltatune.tuning.encode import Codec, collate
 from deltatune.tuning.environment import environment
 from deltatune.tuning.loop import LOG, Loop, OnStep, Progress, compute
-from deltatune.tuning.recipe import Run
+from deltatune.tuning.recipe import TERMS, Run
 
 EVIDENCE = 128  # training examples that data-dependent starts look at
 RUN, RESULT, FAILURE, PREDICTIONS = "run.json", "result.json", "failure.json", "predictions.jsonl"
@@ -213,11 +213,11 @@ def write_predictions(path: Path, examples: Sequence[Example], predictions: Sequ
 def claim(run: Run, folder: Path) -> None:
     """Write `run.json`, or raise when the folder belongs to another run."""
     path = folder / RUN
-    content = {"id": run.id, **run.to_json()}
+    content = run.record()
     if not path.exists():
         write_json(path, content)
         return
-    found = read_json(path)
+    found = {TERMS: content[TERMS], **read_json(path)}
     if found.get("id") == run.id:
         return
     changed = [name for name in content if found.get(name) != content[name] and name != "id"]

@@ -109,4 +109,4 @@ def _run_of(folder: Path | None) -> Run | None:
     path = folder / RUN if folder is not None else None
     if path is None or not path.exists():
         return None
-    return Run.from_json({name: value for name, value in read_json(path).items() if name != "id"})
+    return Run.of_record(read_json(path))
