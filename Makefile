@@ -27,10 +27,8 @@ lint: $(READY) ## check style, formatting and types
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-bench: $(READY) ## time attaching, training steps and mixed batches against peft and against the frozen backbone
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/attach.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/route.py
+bench: $(READY) ## time everything against other libraries and the frozen backbone; ARGS="--device cuda" on a GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(ARGS)
 
 RESOLVE := $(BIN)/uv pip compile --constraints requirements-torch.txt --no-emit-package torch --universal --python-version 3.11 \
 	--generate-hashes --no-header --quiet

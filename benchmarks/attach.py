@@ -1,16 +1,11 @@
 """What attaching costs, against peft: LoRA of rank 8 on every linear of a Llama's blocks.
 
-    python -m benchmarks.attach [--quick] [--out FOLDER]
+The verbs are attaching and taking off, also on the meta device at the width of an 8B model (d=4096, ffn=14336), loading
+from disk, and sixteen attachments one after the other. The ratio is that of deltatune to peft inside each round.
 
-`attach.json` holds `benchmark`, `quick`, `rounds`, `machine`, `shape`, and two lists:
-
-- `verbs`: `what`, `unit`, `deltatune`, `peft` (medians), `ratio` (deltatune / peft inside each round: median, low, high).
-  The verbs are attaching and taking off, also on the meta device at the width of an 8B model (d=4096, ffn=14336), loading
-  from disk, and sixteen attachments one after the other.
-- `calls`: one adapted module of the first block called with one token, without gradient: `what`, `microseconds` (median),
-  `extra` (microseconds over the `floor`, inside each round), `floor`, `ratio` (over the floor).
-  The floor of a LoRA is the same maths written out by hand: `y = linear(x); y + s * linear(linear(x, A), B)`, so `extra`
-  is what the library adds to LoRA's maths. The floor of `nothing`, a method with LoRA's leaves that returns `y`, is the bare module.
+A call is one of an adapted module of the first block, with one token and without gradient. The floor of a LoRA is the same
+maths written out by hand: `y = linear(x); y + s * linear(linear(x, A), B)`, so what is extra is what a library adds to
+LoRA's maths. The floor of `nothing`, a method with LoRA's leaves that returns `y`, is the bare module.
 """
 
 from __future__ import annotations
@@ -26,28 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deltatune as dt
-from benchmarks.measure import (
-    ALPHA,
-    EVERY_LINEAR,
-    RANK,
-    Clock,
-    Figures,
-    Spread,
-    differences,
-    llama,
-    machine,
-    options,
-    peft_lora,
-    publish,
-    ratios,
-    show,
-    take_turns,
-)
+from benchmarks.benchmark import Benchmark, Result, Table
+from benchmarks.measure import Clock, Turn, differences, ratios, show
+from benchmarks.plots import Bars, Plot
+from benchmarks.shape import LlamaShape, llama
+from benchmarks.twins import ALPHA, EVERY_LINEAR, LORA, RANK, peft_lora
 from deltatune.core.leaf import Leaf, Zeros
 from deltatune.core.method import Base, OnLinear
 from deltatune.core.site import Site
 
-LORA = dt.LoRA(rank=RANK, alpha=ALPHA).at(EVERY_LINEAR)
 MANY = 16
 
 
@@ -64,27 +46,14 @@ class Nothing(OnLinear):
         return y
 
 
-@dataclass(frozen=True)
-class Shape:
-    """How large and how long to measure."""
+@dataclass(frozen=True, kw_only=True)
+class Shape(LlamaShape):
+    """A model, and how often one module is called in a round."""
 
-    layers: int
-    width: int
-    ffn: int
-    heads: int
-    rounds: int
     calls: int
 
-    def model(self, layers: int) -> nn.Module:
-        """Build a model of this width."""
-        return llama(layers, self.width, self.ffn, self.heads)
 
-
-FULL = Shape(layers=32, width=256, ffn=688, heads=8, rounds=15, calls=2000)
-QUICK = Shape(layers=2, width=32, ffn=64, heads=2, rounds=2, calls=20)
-
-
-def attach_and_detach(model: nn.Module) -> Callable[[Clock], None]:
+def attach_and_detach(model: nn.Module) -> Turn:
     """deltatune: attach a delta with fresh weights, and take it off."""
 
     def turn(clock: Clock) -> None:
@@ -96,7 +65,7 @@ def attach_and_detach(model: nn.Module) -> Callable[[Clock], None]:
     return turn
 
 
-def wrap_and_unload(model: nn.Module) -> Callable[[Clock], None]:
+def wrap_and_unload(model: nn.Module) -> Turn:
     """peft: wrap the model, and restore it."""
     from peft import get_peft_model
 
@@ -109,7 +78,7 @@ def wrap_and_unload(model: nn.Module) -> Callable[[Clock], None]:
     return turn
 
 
-def load_ours(model: nn.Module, folder: Path) -> Callable[[Clock], None]:
+def load_ours(model: nn.Module, folder: Path) -> Turn:
     """deltatune: read weights from disk and attach them."""
     dt.save(dt.init(LORA, model), folder)
 
@@ -121,7 +90,7 @@ def load_ours(model: nn.Module, folder: Path) -> Callable[[Clock], None]:
     return turn
 
 
-def load_peft(model: nn.Module, folder: Path) -> Callable[[Clock], None]:
+def load_peft(model: nn.Module, folder: Path) -> Turn:
     """peft: read an adapter from disk and wrap the model with it."""
     from peft import PeftModel, get_peft_model
 
@@ -137,7 +106,7 @@ def load_peft(model: nn.Module, folder: Path) -> Callable[[Clock], None]:
     return turn
 
 
-def many_ours(model: nn.Module) -> Callable[[Clock], None]:
+def many_ours(model: nn.Module) -> Turn:
     """deltatune: attachments one after the other, all of them acting."""
 
     def turn(clock: Clock) -> None:
@@ -151,7 +120,7 @@ def many_ours(model: nn.Module) -> Callable[[Clock], None]:
     return turn
 
 
-def many_peft(model: nn.Module) -> Callable[[Clock], None]:
+def many_peft(model: nn.Module) -> Turn:
     """peft: adapters one after the other, the first of them active."""
     from peft import get_peft_model
 
@@ -167,22 +136,20 @@ def many_peft(model: nn.Module) -> Callable[[Clock], None]:
 
 
 def verbs(shape: Shape, folder: Path) -> list[dict[str, Any]]:
-    """Measure what is done to a whole model."""
+    """Measure what is done to a whole model; rows with `what`, `unit`, `deltatune` and `peft` (medians) and their `ratio`."""
     rows = []
     for layers in (1, shape.layers):
         ours, theirs = shape.model(layers), shape.model(layers)
-        took = take_turns({"deltatune": attach_and_detach(ours), "peft": wrap_and_unload(theirs)}, shape.rounds)
+        took = shape.turns({"deltatune": attach_and_detach(ours), "peft": wrap_and_unload(theirs)})
         rows += [verb(f"{what}, {7 * layers} linears", took, what) for what in ("attach", "detach")]
     with torch.device("meta"):
         ours, theirs = (llama(shape.layers, 4096, 14336, 32, vocabulary=128256) for _ in range(2))
-    took = take_turns({"deltatune": attach_and_detach(ours), "peft": wrap_and_unload(theirs)}, shape.rounds)
+    took = shape.turns({"deltatune": attach_and_detach(ours), "peft": wrap_and_unload(theirs)})
     rows.append(verb(f"attach, {7 * shape.layers} linears of an 8B shape on the meta device", took, "attach"))
     ours, theirs = shape.model(shape.layers), shape.model(shape.layers)
-    took = take_turns(
-        {"deltatune": load_ours(ours, folder / "ours"), "peft": load_peft(theirs, folder / "peft")}, shape.rounds
-    )
+    took = shape.turns({"deltatune": load_ours(ours, folder / "ours"), "peft": load_peft(theirs, folder / "peft")})
     rows.append(verb(f"load from disk, {7 * shape.layers} linears", took, "load"))
-    took = take_turns({"deltatune": many_ours(ours), "peft": many_peft(theirs)}, max(2, shape.rounds // 3))
+    took = shape.turns({"deltatune": many_ours(ours), "peft": many_peft(theirs)}, max(2, shape.rounds // 3))
     rows += [verb(f"attachment {n} of {MANY}, {7 * shape.layers} linears", took, f"attachment {n}") for n in (1, MANY)]
     return rows
 
@@ -194,7 +161,7 @@ def verb(label: str, took: dict[str, Clock], what: str) -> dict[str, Any]:
     return {"what": label, "unit": "ms", **medians, "ratio": ratio.to_json()}
 
 
-def calling(module: Callable[[Tensor], Tensor], x: Tensor, calls: int) -> Callable[[Clock], None]:
+def calling(module: Callable[[Tensor], Tensor], x: Tensor, calls: int) -> Turn:
     """Call one module again and again."""
 
     def turn(clock: Clock) -> None:
@@ -217,7 +184,7 @@ def by_hand(linear: nn.Module, A: Tensor, B: Tensor) -> Callable[[Tensor], Tenso
 
 @torch.no_grad()
 def calls(shape: Shape) -> list[dict[str, Any]]:
-    """Measure one call of one adapted module: `q_proj` of the first block."""
+    """Measure one call of `q_proj` of the first block; rows with `what`, `microseconds`, `extra` over the `floor`, and `ratio`."""
     from peft import get_peft_model
 
     bare, nothing, ours, theirs = (shape.model(1) for _ in range(4))
@@ -235,8 +202,8 @@ def calls(shape: Shape) -> list[dict[str, Any]]:
     }
     A, B = (next(t for name, t in leaves.items() if name.endswith(f"q_proj.{leaf}")) for leaf in "AB")
     modules["LoRA by hand"] = by_hand(modules["bare"], A, B)
-    x = torch.randn(1, 1, shape.width)
-    took = take_turns({name: calling(module, x, shape.calls) for name, module in modules.items()}, shape.rounds)
+    x = torch.randn(1, 1, shape.width).to(shape.device)
+    took = shape.turns({name: calling(module, x, shape.calls) for name, module in modules.items()})
     floors = {
         "LoRA by hand": "bare",
         "deltatune, nothing": "bare",
@@ -254,42 +221,41 @@ def call(name: str, floor: str, took: dict[str, Clock]) -> dict[str, Any]:
     return {**row, "extra": extra.to_json(), "ratio": ratios(above, below).to_json()}
 
 
-def tables(result: dict[str, Any]) -> list[Figures]:
+def measure(shape: Shape) -> Result:
+    """Measure verbs and calls."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {"verbs": verbs(shape, Path(folder)), "calls": calls(shape)}
+
+
+def tables(result: Result) -> list[Table]:
     """Return both tables for people."""
     verb_rows = [
-        (r["what"], f"{r['deltatune']:.1f} ms", f"{r['peft']:.1f} ms", show(Spread(**r["ratio"])))
-        for r in result["verbs"]
+        (r["what"], f"{r['deltatune']:.1f} ms", f"{r['peft']:.1f} ms", show(r["ratio"])) for r in result["verbs"]
     ]
     call_rows = [
-        (r["what"], f"{r['microseconds']:.1f} us", f"{show(Spread(**r['extra']), 1)} us", r["floor"])
-        for r in result["calls"]
+        (r["what"], f"{r['microseconds']:.1f} us", f"{show(r['extra'], 1)} us", r["floor"]) for r in result["calls"]
     ]
     size = "{layers} layers, d={width}, ffn={ffn}".format(**result["shape"])
+    title = f"LoRA(rank={RANK}) on every linear of a Llama ({size})"
+    called = f"One call of one adapted module (d={result['shape']['width']}, one token)"
     return [
-        Figures(
-            f"LoRA(rank={RANK}) on every linear of a Llama ({size})",
-            ("", "deltatune", "peft", "deltatune / peft"),
-            verb_rows,
-        ),
-        Figures(
-            f"One call of one adapted module (d={result['shape']['width']}, one token)",
-            ("", "call", "extra", "over"),
-            call_rows,
-        ),
+        Table(title, ("", "deltatune", "peft", "deltatune / peft"), verb_rows),
+        Table(called, ("", "call", "extra", "over"), call_rows),
     ]
 
 
-def main() -> None:
-    """Measure, print and write."""
-    quick, out = options("Time attaching, loading and calling against peft.")
-    shape = QUICK if quick else FULL
-    at = machine()
-    with tempfile.TemporaryDirectory() as folder:
-        measured = {"verbs": verbs(shape, Path(folder)), "calls": calls(shape)}
-    size = {"layers": shape.layers, "width": shape.width, "ffn": shape.ffn}
-    result = {"quick": quick, "rounds": shape.rounds, "machine": at, "shape": size, **measured}
-    publish("attach", out, result, tables(result))
+def plots(result: Result) -> list[Plot]:
+    """Return what each verb takes, as a share of what peft takes, and what a call costs."""
+    return [
+        Bars("Time of deltatune / peft", {r["what"]: r["ratio"]["median"] for r in result["verbs"]}),
+        Bars("One call over its floor", {r["what"]: r["extra"]["median"] for r in result["calls"]}, " us", 1),
+    ]
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(
+    full=Shape(layers=32, width=256, ffn=688, heads=8, rounds=15, calls=2000),
+    quick=Shape(layers=2, width=32, ffn=64, heads=2, rounds=2, calls=20),
+    measure=measure,
+    tables=tables,
+    plots=plots,
+)

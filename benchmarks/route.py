@@ -1,16 +1,11 @@
-"""What routing costs: a batch whose rows each have their own LoRA, against one LoRA for all and against the bare backbone.
+"""What routing costs: a batch whose rows each have their own LoRA, against one LoRA for all and the bare backbone.
 
-    python -m benchmarks.route [--quick] [--out FOLDER]
+LoRA of rank 8 on every linear of a Llama's blocks, 32 rows. A pass is a forward pass inside a route that is entered already,
+of one token a row (decoding) and of 64 (prefill); its ratios are those to the bare backbone and to one LoRA for all rows,
+peft's to peft's own.
 
-LoRA of rank 8 on every linear of a Llama's blocks, 32 rows. `route.json` holds `benchmark`, `quick`, `rounds`, `machine`,
-`shape`, and two lists:
-
-- `batches`: one forward pass inside a route that is entered already, of one token a row (decoding) and of 64 (prefill):
-  `what`, `tokens`, `milliseconds` (median), `over_bare` and `over_single` (ratios inside each round: median, low, high;
-  peft's over peft's own single adapter).
-- `members`: the first and the last member of a large pool: `what`, `first`, `last` (median milliseconds), `ratio`
-  (last / first inside each round). The verbs are adding weights, adding them from disk, entering a route to them, and
-  removing them.
+A member of a pool is measured when it is the first and when it is the last of a large pool: adding weights, adding them
+from disk, entering a route to them, and removing them.
 """
 
 from __future__ import annotations
@@ -25,47 +20,22 @@ import torch
 from torch import Tensor, nn
 
 import deltatune as dt
-from benchmarks.measure import (
-    ALPHA,
-    EVERY_LINEAR,
-    RANK,
-    Clock,
-    Figures,
-    Spread,
-    llama,
-    machine,
-    options,
-    peft_lora,
-    publish,
-    ratios,
-    show,
-    take_turns,
-)
+from benchmarks.benchmark import Benchmark, Result, Table
+from benchmarks.measure import Clock, Turn, ratios, show
+from benchmarks.plots import Bars, Plot
+from benchmarks.shape import LlamaShape
+from benchmarks.twins import LORA, RANK, peft_lora
 
-LORA = dt.LoRA(rank=RANK, alpha=ALPHA).at(EVERY_LINEAR)
 VERBS = ("add", "load from disk", "enter a route to it", "remove")
 
 
-@dataclass(frozen=True)
-class Shape:
-    """How large and how long to measure."""
+@dataclass(frozen=True, kw_only=True)
+class Shape(LlamaShape):
+    """A model, a batch of some lengths, and the members of the large pool."""
 
-    layers: int
-    width: int
-    ffn: int
-    heads: int
     rows: int
     tokens: tuple[int, ...]
     resident: int
-    rounds: int
-
-    def model(self) -> nn.Module:
-        """Build the backbone."""
-        return llama(self.layers, self.width, self.ffn, self.heads).eval()
-
-
-FULL = Shape(layers=32, width=256, ffn=688, heads=8, rows=32, tokens=(1, 64), resident=1000, rounds=15)
-QUICK = Shape(layers=2, width=32, ffn=64, heads=2, rows=4, tokens=(1, 3), resident=8, rounds=2)
 
 
 def weights(model: nn.Module, count: int) -> dict[str, dt.Weights]:
@@ -80,7 +50,7 @@ def weights(model: nn.Module, count: int) -> dict[str, dt.Weights]:
     return {f"user{index}": fresh() for index in range(count)}
 
 
-def passing(model: nn.Module, x: Tensor) -> Callable[[Clock], None]:
+def passing(model: nn.Module, x: Tensor) -> Turn:
     """One forward pass, after one that is not measured."""
 
     def turn(clock: Clock) -> None:
@@ -91,7 +61,7 @@ def passing(model: nn.Module, x: Tensor) -> Callable[[Clock], None]:
     return turn
 
 
-def single(model: nn.Module, one: dt.Weights, x: Tensor) -> Callable[[Clock], None]:
+def single(model: nn.Module, one: dt.Weights, x: Tensor) -> Turn:
     """One attached LoRA for all rows."""
     inner = passing(model, x)
 
@@ -102,7 +72,7 @@ def single(model: nn.Module, one: dt.Weights, x: Tensor) -> Callable[[Clock], No
     return turn
 
 
-def routed(pool: dt.Pool, rows: list[str], x: Tensor) -> Callable[[Clock], None]:
+def routed(pool: dt.Pool, rows: list[str], x: Tensor) -> Turn:
     """Each row with its own LoRA."""
     inner = passing(pool.model, x)
 
@@ -113,7 +83,7 @@ def routed(pool: dt.Pool, rows: list[str], x: Tensor) -> Callable[[Clock], None]
     return turn
 
 
-def peft_mixed(model: nn.Module, rows: int) -> Callable[[Tensor, bool], Callable[[Clock], None]]:
+def peft_mixed(model: nn.Module, rows: int) -> Callable[[Tensor, bool], Turn]:
     """peft: as many adapters as rows, named row by row, or the first of them for all."""
     from peft import get_peft_model
 
@@ -123,7 +93,7 @@ def peft_mixed(model: nn.Module, rows: int) -> Callable[[Tensor, bool], Callable
         wrapped.add_adapter(name, peft_lora())
     wrapped.eval()
 
-    def of(x: Tensor, mixed: bool) -> Callable[[Clock], None]:
+    def of(x: Tensor, mixed: bool) -> Turn:
         given = {"input_ids": x, "adapter_names": names} if mixed else {"input_ids": x}
 
         def turn(clock: Clock) -> None:
@@ -138,8 +108,8 @@ def peft_mixed(model: nn.Module, rows: int) -> Callable[[Tensor, bool], Callable
 
 @torch.no_grad()
 def batches(shape: Shape) -> list[dict[str, Any]]:
-    """Measure forward passes."""
-    few, many, theirs = shape.model(), shape.model(), shape.model()
+    """Measure forward passes; rows with `what`, `tokens`, `milliseconds` (median), and ratios `over_bare` and `over_single`."""
+    few, many, theirs = shape.model().eval(), shape.model().eval(), shape.model().eval()
     members = weights(few, shape.resident)
     names = list(members)
     small = dt.pool(few, {name: members[name] for name in names[: shape.rows]})
@@ -150,7 +120,7 @@ def batches(shape: Shape) -> list[dict[str, Any]]:
     by_peft = peft_mixed(theirs, shape.rows)
     rows = []
     for tokens in shape.tokens:
-        x = torch.randint(0, 1000, (shape.rows, tokens), generator=torch.Generator().manual_seed(tokens))
+        x = shape.ids(shape.rows, tokens)
         contestants = {
             "bare backbone": passing(few, x),
             "deltatune, one for all": single(few, members[names[0]], x),
@@ -159,7 +129,7 @@ def batches(shape: Shape) -> list[dict[str, Any]]:
             "peft, one for all": by_peft(x, False),
             f"peft, {shape.rows} different": by_peft(x, True),
         }
-        took = take_turns(contestants, shape.rounds)
+        took = shape.turns(contestants)
         rows += [batch(what, tokens, took) for what in contestants]
     return rows
 
@@ -172,7 +142,7 @@ def batch(what: str, tokens: int, took: Mapping[str, Clock]) -> dict[str, Any]:
     return {"what": what, "tokens": tokens, "milliseconds": 1e3 * took[what].median("pass"), **spreads}
 
 
-def joining(pool: dt.Pool, one: dt.Weights, folder: Path) -> Callable[[Clock], None]:
+def joining(pool: dt.Pool, one: dt.Weights, folder: Path) -> Turn:
     """Add a member, route to it and remove it; then from disk."""
 
     def turn(clock: Clock) -> None:
@@ -192,13 +162,13 @@ def joining(pool: dt.Pool, one: dt.Weights, folder: Path) -> Callable[[Clock], N
 
 
 def members(shape: Shape, folder: Path) -> list[dict[str, Any]]:
-    """Measure what is done to one member of an empty and of a full pool."""
-    empty, full = shape.model(), shape.model()
+    """Measure what is done to one member of an empty and of a full pool; rows with `what`, `first`, `last` (ms) and `ratio`."""
+    empty, full = shape.model().eval(), shape.model().eval()
     many = weights(full, shape.resident)
     one = next(iter(many.values()))
     dt.save(one, folder)
     pools = {"first": dt.pool(empty), "last": dt.pool(full, many)}
-    took = take_turns({name: joining(pool, one, folder) for name, pool in pools.items()}, shape.rounds)
+    took = shape.turns({name: joining(pool, one, folder) for name, pool in pools.items()})
     rows = []
     for what in VERBS:
         medians = {name: 1e3 * took[name].median(what) for name in ("first", "last")}
@@ -207,48 +177,50 @@ def members(shape: Shape, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def tables(result: dict[str, Any]) -> list[Figures]:
+def measure(shape: Shape) -> Result:
+    """Measure batches and members."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {"batches": batches(shape), "members": members(shape, Path(folder))}
+
+
+def tables(result: Result) -> list[Table]:
     """Return both tables for people."""
     shape = result["shape"]
     size = "{layers} layers, d={width}, ffn={ffn}, {rows} rows".format(**shape)
     batch_rows = [
-        (
-            f"{r['what']}, {r['tokens']} token{'s' if r['tokens'] > 1 else ''} a row",
-            f"{r['milliseconds']:.1f} ms",
-            show(Spread(**r["over_bare"])),
-            show(Spread(**r["over_single"])),
-        )
+        (_label(r), f"{r['milliseconds']:.1f} ms", show(r["over_bare"]), show(r["over_single"]))
         for r in result["batches"]
     ]
     member_rows = [
-        (r["what"], f"{r['first']:.2f} ms", f"{r['last']:.2f} ms", show(Spread(**r["ratio"])))
-        for r in result["members"]
+        (r["what"], f"{r['first']:.2f} ms", f"{r['last']:.2f} ms", show(r["ratio"])) for r in result["members"]
     ]
+    title = f"A batch of rows with their own LoRA(rank={RANK}) on every linear of a Llama ({size})"
+    member = f"A member of a pool: the first, and the {shape['resident']}th"
     return [
-        Figures(
-            f"A batch of rows with their own LoRA(rank={RANK}) on every linear of a Llama ({size})",
-            ("", "pass", "over the bare backbone", "over one for all"),
-            batch_rows,
-        ),
-        Figures(
-            f"A member of a pool: the first, and the {shape['resident']}th",
-            ("", "first", "last", "last / first"),
-            member_rows,
-        ),
+        Table(title, ("", "pass", "over the bare backbone", "over one for all"), batch_rows),
+        Table(member, ("", "first", "last", "last / first"), member_rows),
     ]
 
 
-def main() -> None:
-    """Measure, print and write."""
-    quick, out = options("Time mixed batches and large pools against peft.")
-    shape = QUICK if quick else FULL
-    at = machine()
-    with tempfile.TemporaryDirectory() as folder:
-        measured = {"batches": batches(shape), "members": members(shape, Path(folder))}
-    size = {name: vars(shape)[name] for name in ("layers", "width", "ffn", "rows", "resident")}
-    result = {"quick": quick, "rounds": shape.rounds, "machine": at, "shape": size, **measured}
-    publish("route", out, result, tables(result))
+def _label(row: dict[str, Any]) -> str:
+    return f"{row['what']}, {row['tokens']} token{'s' if row['tokens'] > 1 else ''} a row"
 
 
-if __name__ == "__main__":
-    main()
+def plots(result: Result) -> list[Plot]:
+    """Return each kind of batch over the bare backbone, one figure a length."""
+    return [
+        Bars(
+            f"A pass over the bare backbone, {tokens} token{'s' if tokens > 1 else ''} a row",
+            {r["what"]: r["over_bare"]["median"] for r in result["batches"] if r["tokens"] == tokens},
+        )
+        for tokens in dict.fromkeys(r["tokens"] for r in result["batches"])
+    ]
+
+
+BENCHMARK = Benchmark(
+    full=Shape(layers=32, width=256, ffn=688, heads=8, rows=32, tokens=(1, 64), resident=1000, rounds=15),
+    quick=Shape(layers=2, width=32, ffn=64, heads=2, rows=4, tokens=(1, 3), resident=8, rounds=2),
+    measure=measure,
+    tables=tables,
+    plots=plots,
+)

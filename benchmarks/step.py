@@ -1,223 +1,176 @@
-"""What a training step costs, against the frozen-backbone limit: every method on a four-layer Llama, one thread, fp32.
+"""What a training step costs, against the frozen-backbone limit and against other libraries.
 
-    python -m benchmarks.step [--quick] [--out FOLDER]
+A step is the forward and backward pass of the language modelling loss of a four-layer Llama, without an optimizer, on one
+thread in fp32. The limit trains nothing: the same frozen model, whose loss is differentiated with respect to the output of
+the embeddings alone. No method whose delta begins in the first block can do with much less.
 
-A step is the forward and backward pass of the language modelling loss, without an optimizer. The limit trains nothing:
-the same frozen model, whose loss is differentiated with respect to the output of the embeddings alone. No method whose
-delta begins in the first block can do with much less.
+`saved` is what autograd keeps for the backward pass, each storage counted once and parameters not counted. It depends on
+the code and the shapes alone, so it is the same on every machine.
 
-`step.json` holds `benchmark`, `quick`, `rounds`, `machine`, `shape`, and `rows`: `what`, `delta` (its text, or null),
-`parameters` (trained), `milliseconds` (median), `ratio` (to the limit inside each round: median, low, high),
-`saved_bytes` (what autograd keeps for the backward pass, each storage counted once and parameters not counted) and
-`saved_ratio` (to the limit); and `pairs`: `what`, `over`, `ratio` of two ways to do the same.
+Each method is told beside the same method elsewhere: LoRA, DoRA, (IA)^3, prefix and prompt tuning of peft; the adapters of
+Houlsby and of Pfeiffer and prefix tuning of the library `adapters`; biases and all parameters trained by a plain loop. All
+take turns in one process, but for `adapters`, which needs other versions: it is measured in `.venv-adapters`, where that is
+set up (`make .venv-adapters/.ready`), in turns with a limit of its own, so its times are those in units of that limit, and
+a ratio to it is a quotient of two ratios, with the widest range that their quartiles allow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+import os
+import subprocess
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from benchmarks.benchmark import Benchmark, Result, Table
+from benchmarks.measure import ratios, show
+from benchmarks.plots import LIMIT, Bars, Plot
+from benchmarks.shape import LlamaShape
+from benchmarks.training import STEP, Contestant, limit
+from benchmarks.twins import PLAIN, deltas, peft_configs, with_delta, with_peft
 
-import deltatune as dt
-from benchmarks.measure import (
-    ALPHA,
-    EVERY_LINEAR,
-    RANK,
-    Clock,
-    Figures,
-    Spread,
-    llama,
-    machine,
-    options,
-    peft_lora,
-    publish,
-    ratios,
-    show,
-    take_turns,
-)
-
-LIMIT, LORA, PEFT, FULL, PLAIN = (
-    "frozen-backbone limit",
-    "deltatune LoRA",
-    "peft LoRA",
-    "deltatune Full",
-    "plain full fine-tuning",
-)
-DELTAS: dict[str, Any] = {
-    LORA: dt.LoRA(rank=RANK, alpha=ALPHA).at(EVERY_LINEAR),
-    "deltatune Adapter": dt.Adapter(),
-    "deltatune BitFit": dt.BitFit(),
-    "deltatune PrefixTuning": dt.PrefixTuning(),
-    "deltatune PromptTuning": dt.PromptTuning(),
-    FULL: dt.Full(),
-}
-PAIRS = {LORA: PEFT, FULL: PLAIN}
+ROOT = Path(__file__).resolve().parents[1]
+ADAPTERS = ROOT / ".venv-adapters" / "bin" / "python"
+OURS, APART = "deltatune", "adapters"
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The model, the batch and how long to measure."""
+@dataclass(frozen=True, kw_only=True)
+class Shape(LlamaShape):
+    """A model and a batch."""
 
-    layers: int
-    width: int
-    ffn: int
-    heads: int
     rows: int
     tokens: int
-    rounds: int
-
-    def model(self) -> nn.Module:
-        """Build the model, always the same, in training mode."""
-        return llama(self.layers, self.width, self.ffn, self.heads).train()
-
-    def batch(self) -> Tensor:
-        """Return token ids [rows, tokens]."""
-        return torch.randint(0, 1000, (self.rows, self.tokens), generator=torch.Generator().manual_seed(0))
-
-
-REAL = Shape(layers=4, width=768, ffn=2048, heads=12, rows=4, tokens=128, rounds=15)
-QUICK = Shape(layers=1, width=64, ffn=96, heads=2, rows=2, tokens=8, rounds=2)
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One way to train: its loss for a batch, the tensors that get gradients, and all tensors that are not activations."""
+class Measured:
+    """What was measured of one contestant, here or in another process."""
 
-    loss: Callable[[], Tensor]
-    trained: list[nn.Parameter]
-    model: nn.Module
-    delta: str | None = None
+    parameters: int
+    seconds: list[float]
+    saved_bytes: int
+    peak_bytes: int | None
 
-    def turn(self, clock: Clock) -> None:
-        """Take one step and drop its gradients."""
-        with clock("step"):
-            self.loss().backward()
-        for parameter in self.trained:
-            parameter.grad = None
-
-    def saved_bytes(self) -> int:
-        """Count what one forward pass keeps for its backward pass."""
-        known = {storage(t) for t in self.model.parameters()}
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            if storage(tensor) not in known:
-                kept[storage(tensor)] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.loss()
-        loss.backward()
-        for parameter in self.trained:
-            parameter.grad = None
-        return sum(kept.values())
+    def row(self, library: str, method: str, delta: str | None, bare: Measured) -> dict[str, Any]:
+        """Return its row of the result, in units of the limit that was measured beside it."""
+        return {
+            "library": library,
+            "method": method,
+            "delta": delta,
+            **asdict(self),
+            "milliseconds": 1e3 * median(self.seconds),
+            "ratio": ratios(self.seconds, bare.seconds).to_json(),
+            "saved_ratio": self.saved_bytes / bare.saved_bytes,
+        }
 
 
-def storage(tensor: Tensor) -> int:
-    """Name the memory that a tensor lies in."""
-    return tensor.untyped_storage().data_ptr()
+def contestants(shape: Shape) -> dict[tuple[str, str], Contestant]:
+    """Build every contestant of this process on its own copy of the model, by library and method."""
+    ids = shape.ids(shape.rows, shape.tokens)
+    ours = {(OURS, name): with_delta(shape.model(), ids, delta) for name, delta in deltas(shape.width).items()}
+    peft = {("peft", name): with_peft(shape.model(), ids, config) for name, config in peft_configs().items()}
+    plain = {("plain", name): build(shape, ids) for name, build in PLAIN.items()}
+    return {("", LIMIT): limit(shape.model(), ids), **ours, **peft, **plain}
 
 
-def training(model: Any, ids: Tensor, trained: Iterable[nn.Parameter], delta: str | None = None) -> Contestant:
-    """Train `trained` inside `model`."""
-    return Contestant(lambda: model(input_ids=ids, labels=ids).loss, list(trained), model, delta)
+def rows_here(shape: Shape) -> list[dict[str, Any]]:
+    """Measure every contestant of this process."""
+    ways = contestants(shape)
+    saved = {key: (way.saved_bytes(), way.peak_bytes(shape.device)) for key, way in ways.items()}
+    took = shape.turns({" ".join(key): way.turn for key, way in ways.items()})
+    found = {key: Measured(way.parameters, took[" ".join(key)].seconds[STEP], *saved[key]) for key, way in ways.items()}
+    bare = found["", LIMIT]
+    return [one.row(*key, ways[key].delta, bare) for key, one in found.items()]
 
 
-def limit(model: Any, ids: Tensor) -> Contestant:
-    """Train nothing: the gradient flows to the output of the embeddings and stops there."""
-    model.requires_grad_(False)
-    embedded = model.get_input_embeddings()(ids)
-
-    def loss() -> Tensor:
-        return model(inputs_embeds=embedded.detach().requires_grad_(), labels=ids).loss
-
-    return Contestant(loss, [], model)
-
-
-def with_delta(model: nn.Module, ids: Tensor, delta: Any) -> Contestant:
-    """Train a delta with deltatune."""
-    return training(model, ids, dt.attach(model, delta).parameters(), str(delta))
+def rows_of_adapters(shape: Shape, python: Path) -> tuple[str | None, list[dict[str, Any]]]:
+    """Measure the library `adapters` in its own environment: its version and its rows, or nothing where it is not set up."""
+    if not python.exists():
+        return None, []
+    command = [str(python), "-m", "benchmarks.peers.adapterhub", json.dumps(asdict(shape))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    bare = Measured(**found["limit"])
+    return found["version"], [Measured(**own).row(APART, name, None, bare) for name, own in found["rows"].items()]
 
 
-def with_peft(model: nn.Module, ids: Tensor) -> Contestant:
-    """Train the same LoRA with peft."""
-    from peft import get_peft_model
-
-    wrapped = get_peft_model(model, peft_lora())  # type: ignore[arg-type]
-    return training(wrapped, ids, (p for p in wrapped.parameters() if p.requires_grad))
+def pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compare deltatune with every other way to do the same method."""
+    ours = {row["method"]: row for row in rows if row["library"] == OURS}
+    return [_pair(ours[row["method"]], row) for row in rows if row["library"] not in (OURS, "")]
 
 
-def contestants(shape: Shape) -> dict[str, Contestant]:
-    """Build every contestant on its own copy of the model."""
-    ids, plain = shape.batch(), shape.model()
-    ways = {
-        LIMIT: limit(shape.model(), ids),
-        PEFT: with_peft(shape.model(), ids),
-        PLAIN: training(plain, ids, plain.parameters()),
-    }
-    return ways | {name: with_delta(shape.model(), ids, delta) for name, delta in DELTAS.items()}
-
-
-def row(name: str, way: Contestant, saved: dict[str, int], took: dict[str, Clock]) -> dict[str, Any]:
-    """Return one row of the result."""
-    own = took[name].seconds["step"]
+def _pair(own: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    apart = other["library"] == APART
     return {
-        "what": name,
-        "delta": way.delta,
-        "parameters": sum(p.numel() for p in way.trained),
-        "milliseconds": 1e3 * took[name].median("step"),
-        "ratio": ratios(own, took[LIMIT].seconds["step"]).to_json(),
-        "saved_bytes": saved[name],
-        "saved_ratio": saved[name] / saved[LIMIT],
+        "method": own["method"],
+        "over": other["library"],
+        "ratio": _quotient(own["ratio"], other["ratio"]) if apart else _turn_by_turn(own, other),
+        "saved_ratio": own["saved_ratio"] / other["saved_ratio"],
     }
 
 
-def pair(name: str, over: str, took: dict[str, Clock]) -> dict[str, Any]:
-    """Compare two ways to do the same."""
-    ratio = ratios(took[name].seconds["step"], took[over].seconds["step"])
-    return {"what": name, "over": over, "ratio": ratio.to_json()}
+def _turn_by_turn(own: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    return ratios(own["seconds"], other["seconds"]).to_json()
 
 
-def tables(result: dict[str, Any]) -> list[Figures]:
-    """Return the result for people."""
+def _quotient(above: dict[str, float], below: dict[str, float]) -> dict[str, float]:
+    """Return the quotient of spreads that were measured apart, with the widest range that they allow."""
+    ends = {"median": "median", "low": "high", "high": "low"}
+    return {end: above[end] / below[other] for end, other in ends.items()}
+
+
+def measure(shape: Shape) -> Result:
+    """Measure all libraries."""
+    version, others = rows_of_adapters(shape, ADAPTERS)
+    rows = [*rows_here(shape), *others]
+    return {"adapters": version, "rows": rows, "pairs": pairs(rows)}
+
+
+def tables(result: Result) -> list[Table]:
+    """Return every contestant, and every pair."""
+    gpu = result["device"] != "cpu"
     rows = [
         (
-            r["what"],
+            _label(r),
             f"{r['parameters']:,}",
             f"{r['milliseconds']:.0f} ms",
-            show(Spread(**r["ratio"])),
+            show(r["ratio"]),
             f"{r['saved_bytes'] / 2**20:.1f} MiB",
             f"{r['saved_ratio']:.2f}",
+            *([f"{r['peak_bytes'] / 2**20:.1f} MiB"] if gpu else []),
         )
         for r in result["rows"]
     ]
-    title = "Training step of a Llama ({layers} layers, d={width}, ffn={ffn}, batch {rows} x {tokens})".format(
-        **result["shape"]
-    )
-    pairs = [(r["what"], r["over"], show(Spread(**r["ratio"]))) for r in result["pairs"]]
+    size = "{layers} layers, d={width}, ffn={ffn}, batch {rows} x {tokens}".format(**result["shape"])
+    columns = ("", "trained", "step", "step / limit", "saved", "saved / limit", *(["peak"] if gpu else []))
+    versus = [(f"{r['method']} / {r['over']}", show(r["ratio"]), f"{r['saved_ratio']:.2f}") for r in result["pairs"]]
     return [
-        Figures(title, ("", "trained", "step", "step / limit", "saved", "saved / limit"), rows),
-        Figures("The same step, done by another", ("", "over", "ratio"), pairs),
+        Table(f"Training step of a Llama ({size})", columns, rows),
+        Table("deltatune / the same method elsewhere", ("", "step", "saved"), versus),
     ]
 
 
-def main() -> None:
-    """Measure, print and write."""
-    quick, out = options("Time a training step and count what it keeps, against the frozen-backbone limit and peft.")
-    shape, at = QUICK if quick else REAL, machine()
-    ways = contestants(shape)
-    saved = {name: way.saved_bytes() for name, way in ways.items()}
-    took = take_turns({name: way.turn for name, way in ways.items()}, shape.rounds)
-    order = [LIMIT, LORA, PEFT, *(n for n in DELTAS if n not in (LORA, FULL)), FULL, PLAIN]
-    rows = [row(name, ways[name], saved, took) for name in order]
-    pairs = [pair(name, over, took) for name, over in PAIRS.items()]
-    size = {key: value for key, value in asdict(shape).items() if key != "rounds"}
-    result = {"quick": quick, "rounds": shape.rounds, "machine": at, "shape": size, "rows": rows, "pairs": pairs}
-    publish("step", out, result, tables(result))
+def _label(row: dict[str, Any]) -> str:
+    return f"{row['library']} {row['method']}".strip()
 
 
-if __name__ == "__main__":
-    main()
+def plots(result: Result) -> list[Plot]:
+    """Return time and memory over the limit."""
+    rows = result["rows"]
+    return [
+        Bars("Step / limit", {_label(r): r["ratio"]["median"] for r in rows}),
+        Bars("Saved for backward / limit", {_label(r): r["saved_ratio"] for r in rows}),
+    ]
+
+
+BENCHMARK = Benchmark(
+    full=Shape(layers=4, width=768, ffn=2048, heads=12, rows=4, tokens=128, rounds=15),
+    quick=Shape(layers=1, width=64, ffn=96, heads=2, rows=2, tokens=8, rounds=2),
+    measure=measure,
+    tables=tables,
+    plots=plots,
+)

@@ -84,8 +84,7 @@ def _costs(tables: BackboneTables) -> Sequence[Panel]:
 def _bars(
     tables: BackboneTables, values: Sequence[float], texts: Sequence[str], name: str, axes: Axes, look: Palette
 ) -> None:
-    plots.bars(axes, tables, look, values, texts)
-    axes.set_title(name, loc="left", fontsize=11)
+    plots.bars(axes, [line.method for line in tables.lines], look, values, texts, name)
 
 
 def svg(panel: Panel, look: Palette, prefix: str) -> str:

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from deltatune.study import words
@@ -47,15 +48,13 @@ def html(results: Results, sections: Sequence[Section]) -> str:
         for figure, group in section.panels.items()
     }
     return (
-        _environment(escape=True)
-        .get_template("report.html.j2")
-        .render(**_context(results, sections), pictures=pictures)
+        environment(escape=True).get_template("report.html.j2").render(**_context(results, sections), pictures=pictures)
     )
 
 
 def markdown(results: Results, sections: Sequence[Section]) -> str:
     """The tables in Markdown, with the figures as files beside it."""
-    text = _environment(escape=False).get_template("report.md.j2").render(**_context(results, sections))
+    text = environment(escape=False).get_template("report.md.j2").render(**_context(results, sections))
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
@@ -84,7 +83,6 @@ def _context(results: Results, sections: Sequence[Section]) -> dict[str, Any]:
         "records": unique(results),
         "failed": [gap for gap in results.gaps if gap.state == "failed"],
         "waiting": [gap for gap in results.gaps if gap.state != "failed" and gap.part == "final"],
-        "colors": list(zip(LIGHT, DARK, strict=True)),
         "look": Palette(tuple(results.methods), results.baseline, SCREEN),
         "words": words,
         "best": _best,
@@ -158,13 +156,16 @@ def _breakable(name: str) -> Any:
     return Markup(re.sub(r"([_/])", r"\1<wbr>", str(escape(name))))
 
 
-def _environment(escape: bool) -> Any:
+def environment(escape: bool, *folders: Path) -> Any:
+    """What renders templates, those of a report and those in other folders, which may extend `page.html.j2`."""
     import jinja2
 
-    loader = jinja2.PackageLoader("deltatune.study", "templates")
-    environment = jinja2.Environment(
+    own = jinja2.PackageLoader("deltatune.study", "templates")
+    loader = jinja2.ChoiceLoader([own, *(jinja2.FileSystemLoader(folder) for folder in folders)])
+    made = jinja2.Environment(
         loader=loader, autoescape=escape, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     names = ("score", "signed", "count", "size", "percent", "seconds", "p_value", "number")
-    environment.filters.update({name: vars(words)[name] for name in names}, slug=slug, breakable=_breakable)
-    return environment
+    made.globals["colors"] = list(zip(LIGHT, DARK, strict=True))
+    made.filters.update({name: vars(words)[name] for name in names}, slug=slug, breakable=_breakable)
+    return made

@@ -90,13 +90,23 @@ def convergence(axes: Axes, records: Sequence[Record], task: str, palette: Palet
             axes.plot(list(curve), list(curve.values()), color=color, linewidth=0.8, alpha=0.35)
         steps = sorted(set.intersection(*map(set, curves)))
         means = [fmean(curve[step] for curve in curves) for step in steps]
-        axes.plot(
-            steps, means, color=color, linewidth=1.8, marker=palette.marker(method), markersize=5,
-            markeredgecolor=palette.theme.paper, markeredgewidth=0.6, label=method,
-        )  # fmt: skip
-    axes.set_title(task, loc="left", fontsize=min(TITLE, TITLE * TITLE_LETTERS / len(task)))
+        curve_of(axes, method, palette, steps, means)
+    title(axes, task)
     axes.set_xlabel("step")
     axes.set_ylabel("dev score")
+
+
+def curve_of(axes: Axes, method: str, palette: Palette, at: Sequence[float], values: Sequence[float]) -> None:
+    """A method's values as a line with its marks."""
+    axes.plot(
+        at, values, color=palette.color(method), linewidth=1.8, marker=palette.marker(method), markersize=5,
+        markeredgecolor=palette.theme.paper, markeredgewidth=0.6, label=method,
+    )  # fmt: skip
+
+
+def title(axes: Axes, text: str) -> None:
+    """A panel's title, smaller where it is long."""
+    axes.set_title(text, loc="left", fontsize=min(TITLE, TITLE * TITLE_LETTERS / len(text)))
 
 
 def ranks(axes: Axes, tables: BackboneTables, palette: Palette) -> None:
@@ -127,9 +137,10 @@ def ranks(axes: Axes, tables: BackboneTables, palette: Palette) -> None:
         axes.annotate("critical difference", (1, -0.95), fontsize=9, color=palette.theme.ink, va="bottom")
 
 
-def bars(axes: Axes, tables: BackboneTables, palette: Palette, values: Sequence[float], texts: Sequence[str]) -> None:
-    """One bar a method, in the order of the tables, with its value as text at its end."""
-    names = [line.method for line in tables.lines]
+def bars(
+    axes: Axes, names: Sequence[str], palette: Palette, values: Sequence[float], texts: Sequence[str], heading: str
+) -> None:
+    """One bar a method, the first on top, with its value as text at its end."""
     axes.barh(names, values, color=[palette.color(name) for name in names], height=0.66)
     for row, (value, text) in enumerate(zip(values, texts, strict=True)):
         axes.annotate(
@@ -138,3 +149,4 @@ def bars(axes: Axes, tables: BackboneTables, palette: Palette, values: Sequence[
         )  # fmt: skip
     axes.invert_yaxis()
     axes.margins(x=0.24)
+    title(axes, heading)

@@ -1,0 +1,91 @@
+"""Ways to train a model: what one step takes and what it keeps for its backward pass.
+
+A step is the forward and backward pass of the language modelling loss, without an optimizer. Nothing here needs more than
+torch and transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import Clock
+
+STEP = "step"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to train: its loss for a batch, the tensors that get gradients, and all tensors that are not activations."""
+
+    loss: Callable[[], Tensor]
+    trained: list[nn.Parameter]
+    model: nn.Module
+    delta: str | None = None
+
+    def turn(self, clock: Clock) -> None:
+        """Take one step and drop its gradients."""
+        with clock(STEP):
+            self.loss().backward()
+        self._forget()
+
+    @property
+    def parameters(self) -> int:
+        """The number of trained parameters."""
+        return sum(p.numel() for p in self.trained)
+
+    def saved_bytes(self) -> int:
+        """Count what one forward pass keeps for its backward pass: each storage once, and no parameter."""
+        known = {_storage(t) for t in self.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if _storage(tensor) not in known:
+                kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.loss()
+        loss.backward()
+        self._forget()
+        return sum(kept.values())
+
+    def peak_bytes(self, device: str) -> int | None:
+        """Return what one step allocates on the GPU at most, beyond what is there before it; None on a CPU."""
+        if device == "cpu":
+            return None
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        self.loss().backward()
+        torch.cuda.synchronize(device)
+        self._forget()
+        return torch.cuda.max_memory_allocated(device) - before
+
+    def _forget(self) -> None:
+        for parameter in self.trained:
+            parameter.grad = None
+
+
+def _storage(tensor: Tensor) -> int:
+    """Name the memory that a tensor lies in."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def training(model: Any, ids: Tensor, trained: Iterable[nn.Parameter], delta: str | None = None) -> Contestant:
+    """Train `trained` inside `model`."""
+    return Contestant(lambda: model(input_ids=ids, labels=ids).loss, list(trained), model, delta)
+
+
+def limit(model: Any, ids: Tensor) -> Contestant:
+    """Train nothing: the gradient flows to the output of the embeddings and stops there."""
+    model.requires_grad_(False)
+    embedded = model.get_input_embeddings()(ids)
+
+    def loss() -> Tensor:
+        return model(inputs_embeds=embedded.detach().requires_grad_(), labels=ids).loss
+
+    return Contestant(loss, [], model)
