@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.metadata
 import os
 import pkgutil
-import platform
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,14 +14,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
-import torch
-
 import benchmarks
+from benchmarks.measure import settle
 from benchmarks.plots import Plot
 from benchmarks.shape import Shape
 from deltatune.quiet import quiet
 from deltatune.tuning.environment import environment
 
+RESULTS = Path(__file__).resolve().parent / "results"
+SCRATCH = Path(__file__).resolve().parents[1] / "build" / "benchmarks"
 Result = dict[str, Any]
 S = TypeVar("S", bound=Shape)
 
@@ -86,7 +85,9 @@ class Benchmark(Generic[S]):
 
     def run(self, quick: bool, device: str) -> Result:
         """Measure and return the result; the state of the machine is taken down first."""
-        _prepare()
+        settle()
+        warnings.filterwarnings("ignore", module=r"peft|transformers")
+        quiet()
         shape = replace(self.quick if quick else self.full, device=device)
         at = machine()
         common = {"quick": quick, "device": device, "rounds": shape.rounds, "machine": at, "shape": shape.sizes()}
@@ -109,24 +110,3 @@ def all_benchmarks() -> dict[str, Benchmark[Any]]:
 def machine() -> dict[str, Any]:
     """State where this is measured: versions, commit, processor, threads, and the load of the last minute."""
     return {**environment(), "peft": importlib.metadata.version("peft"), "load": round(os.getloadavg()[0], 2)}
-
-
-def _prepare() -> None:
-    """Set one thread and keep the warnings of other libraries out of the output."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", module=r"peft|transformers")
-    quiet()
-    _keep_memory()
-
-
-def _keep_memory() -> None:
-    """Let glibc keep freed memory: else what a pass costs depends on which tensor happens to lie at the heap's end."""
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, ALL = -1, -3, 1 << 30
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_TRIM_THRESHOLD, ALL)
-        libc.mallopt(M_MMAP_THRESHOLD, ALL)
-
-
-RESULTS = Path(__file__).resolve().parent / "results"
-SCRATCH = Path(__file__).resolve().parents[1] / "build" / "benchmarks"

@@ -11,7 +11,9 @@ Nothing here needs more than torch, so that a library that needs an environment 
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import platform
 import random
 import statistics
 import time
@@ -128,3 +130,13 @@ def differences(above: list[float], below: list[float]) -> Spread:
 def show(spread: Mapping[str, Any], digits: int = 2) -> str:
     """Return `median [low-high]` of a spread as JSON holds it."""
     return f"{spread['median']:.{digits}f} [{spread['low']:.{digits}f}-{spread['high']:.{digits}f}]"
+
+
+def settle() -> None:
+    """Make times repeat: one thread, and freed memory kept, or a pass costs what happens to lie at the heap's end."""
+    torch.set_num_threads(1)
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, ALL = -1, -3, 1 << 30
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, ALL)
+        libc.mallopt(M_MMAP_THRESHOLD, ALL)

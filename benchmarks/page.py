@@ -78,12 +78,13 @@ def _prose(paragraph: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(paragraph))
 
 
-def document(docs: Path, folder: Path) -> None:
-    """Write what the benchmarks say of themselves and their tables into a document, between its two marks."""
+def document(docs: Path, folder: Path) -> Path:
+    """Write what the benchmarks say of themselves and their tables into a document, between its marks; returns where."""
     text = docs.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     write_text(docs, f"{before}{BEGIN}\n\n{generated(folder)}\n{END}{after}")
+    return docs
 
 
 def generated(folder: Path) -> str:
@@ -114,10 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description="Show what was measured.")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
     folder: Path = parser.parse_args().out
-    written = pages(folder)
-    if folder == RESULTS:
-        document(DOCS, folder)
-        written.append(DOCS)
+    written = [*pages(folder), *([document(DOCS, folder)] if folder == RESULTS else [])]
     Console().print(*(f"written: {path}" for path in written), sep="\n")
 
 

@@ -33,8 +33,13 @@ def deltas(width: int) -> dict[str, Any]:
     }
 
 
-def peft_lora(rank: int = RANK, dora: bool = False) -> Any:
-    """Return peft's configuration of `LORA` or of the same DoRA, without dropout."""
+def lora(rank: int, blocks: int) -> dt.Delta:
+    """Return a LoRA of some rank on every linear of the first blocks."""
+    return dt.LoRA(rank=rank, alpha=2 * rank).at(f"{EVERY_LINEAR}[:{blocks}]")
+
+
+def peft_lora(rank: int = RANK, blocks: int | None = None, dora: bool = False) -> Any:
+    """Return peft's configuration of `LORA`, of the same DoRA, or of the same LoRA on the first blocks, without dropout."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -43,6 +48,7 @@ def peft_lora(rank: int = RANK, dora: bool = False) -> Any:
         lora_dropout=0.0,
         target_modules=PEFT_LINEARS,
         task_type="CAUSAL_LM",
+        layers_to_transform=None if blocks is None else list(range(blocks)),
         use_dora=dora,
     )
 

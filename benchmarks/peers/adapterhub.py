@@ -13,6 +13,7 @@ from typing import Any
 import adapters  # type: ignore[import-not-found]
 import torch
 
+from benchmarks.measure import settle
 from benchmarks.shape import LlamaShape
 from benchmarks.training import STEP, Contestant, limit, training
 
@@ -37,7 +38,7 @@ def with_adapter(shape: LlamaShape, ids: torch.Tensor, config: Any) -> Contestan
 
 def main() -> None:
     """Measure every method and write what was found."""
-    torch.set_num_threads(1)
+    settle()
     given = json.loads(sys.argv[1])
     rows, tokens = given.pop("rows"), given.pop("tokens")
     shape = LlamaShape(**given)
