@@ -117,10 +117,11 @@ def plots(result: Result) -> list[Plot]:
     """Return two figures a size, and one of attaching."""
     drawn: list[Plot] = []
     for axis, points in result["steps"].items():
+        bare = {LIMIT: [(p["at"], same(1.0)) for p in points]}
         times = {name: [(p["at"], p[name]["ratio"]) for p in points] for name in (OURS, PEFT)}
         saved = {name: [(p["at"], same(p[name]["saved_ratio"])) for p in points] for name in (OURS, PEFT)}
-        drawn.append(Curves(f"Step, by {AXES[axis]}", AXES[axis], "step / limit", times))
-        drawn.append(Curves(f"Saved, by {AXES[axis]}", AXES[axis], "saved / limit", saved))
+        drawn.append(Curves(f"Step, by {AXES[axis]}", AXES[axis], "step / limit", times | bare))
+        drawn.append(Curves(f"Saved, by {AXES[axis]}", AXES[axis], "saved / limit", saved | bare))
     attach = {name: [(p["sites"], p[name]) for p in result["attach"]] for name in (OURS, PEFT)}
     return [*drawn, Curves("Attaching, by sites", "sites", "milliseconds", attach)]
 

@@ -88,7 +88,7 @@ def plots(result: Result) -> list[Plot]:
 
 
 BENCHMARK = Benchmark(
-    full=Starts(rounds=9),
+    full=Starts(rounds=7),
     quick=Starts(rounds=2, names=(NOTHING, HELP)),
     measure=measure,
     tables=tables,

@@ -218,7 +218,7 @@ def plots(result: Result) -> list[Plot]:
 
 
 BENCHMARK = Benchmark(
-    full=Shape(layers=32, width=256, ffn=688, heads=8, rows=32, tokens=(1, 64), resident=1000, rounds=15),
+    full=Shape(layers=32, width=256, ffn=688, heads=8, rows=32, tokens=(1, 64), resident=1000, rounds=9),
     quick=Shape(layers=2, width=32, ffn=64, heads=2, rows=4, tokens=(1, 3), resident=8, rounds=2),
     measure=measure,
     tables=tables,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -39,20 +40,21 @@ class Contestant:
         return sum(p.numel() for p in self.trained)
 
     def saved_bytes(self) -> int:
-        """Count what one forward pass keeps for its backward pass: each storage once, and no parameter."""
-        known = {_storage(t) for t in self.model.parameters()}
-        kept: dict[int, int] = {}
+        """Count what a forward pass has kept for its backward pass at its end: each storage once, and no parameter."""
+        kept: WeakSet[_Kept] = WeakSet()
 
-        def pack(tensor: Tensor) -> Tensor:
-            if _storage(tensor) not in known:
-                kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
-            return tensor
+        def pack(tensor: Tensor) -> _Kept:
+            one = _Kept(tensor)
+            kept.add(one)
+            return one
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
             loss = self.loss()
+        sizes = {_storage(one.tensor): one.tensor.untyped_storage().nbytes() for one in kept}
+        known = {_storage(t) for t in self.model.parameters()}
         loss.backward()
         self._forget()
-        return sum(kept.values())
+        return sum(size for storage, size in sizes.items() if storage not in known)
 
     def peak_bytes(self, device: str) -> int | None:
         """Return what one step allocates on the GPU at most, beyond what is there before it; None on a CPU."""
@@ -68,6 +70,13 @@ class Contestant:
     def _forget(self) -> None:
         for parameter in self.trained:
             parameter.grad = None
+
+
+class _Kept:
+    """A tensor that the graph holds, for as long as it does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def _storage(tensor: Tensor) -> int:
