@@ -24,12 +24,13 @@ the page and docs/performance.md show it, and tests/test_benchmarks.py runs it q
     def plots(result: Result) -> list[Plot]:     # `Bars` and `Curves`; may be left out
 
     BENCHMARK = Benchmark(full=Shape(rounds=15, ...), quick=Shape(rounds=2, ...), measure=measure, tables=tables, plots=plots)
+                                                 # `gpu=Shape(...)` where a larger shape is the one to know of on a GPU
 
 The quick shape is for tests: seconds, with no data, no network and no other environment. The full one of all benchmarks together
 is to take less than twenty minutes on two cores.
 
 `measure.py` has the clock and the turns, `shape.py` models and batches, `twins.py` the same methods in other libraries,
-`benchmark.py` the value and what finds it, `results.py` the files, `plots.py` figures, `page.py` what people read. The clock
+`benchmark.py` the value and what finds it, `store.py` the files, `plots.py` figures, `page.py` what people read. The clock
 measures CPU time on a CPU and events on a GPU. What needs another environment lies in `peers/` and imports of these the
 first two alone.
 """

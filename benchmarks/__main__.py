@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from benchmarks.benchmark import RESULTS, SCRATCH, Benchmark, all_benchmarks
 from benchmarks.measure import TIMERS
 from benchmarks.page import DOCS, document, pages, show_on_terminal
-from benchmarks.results import keep
+from benchmarks.store import keep
 
 
 def main() -> None:
@@ -24,7 +25,9 @@ def main() -> None:
     for name in given.names:
         if name not in known:
             sys.exit(f"there is no benchmark {name!r}; there are {', '.join(known)}.")
-    out: Path = given.out or (SCRATCH if given.quick else RESULTS)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("there is no GPU that torch can use here; leave --device away.")
+    out: Path = (given.out or (SCRATCH if given.quick else RESULTS)).resolve()
     names = given.names or list(known)
     if given.here:
         for name in names:

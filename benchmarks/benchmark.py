@@ -48,7 +48,7 @@ def _no_plots(result: Result) -> list[Plot]:
 
 @dataclass(frozen=True)
 class Benchmark(Generic[S]):
-    """One file's benchmark: two shapes, what measures one of them, and what shows its result.
+    """One file's benchmark: its shapes, what measures one of them, and what shows its result; `gpu` is the full one there.
 
     `measure` returns what it measured as JSON; `tables` and `plots` are functions of the whole result alone, so that a page
     can be made from a file. The name is the file's; title and explanation are its docstring's first paragraph and the rest.
@@ -59,6 +59,7 @@ class Benchmark(Generic[S]):
     measure: Callable[[S], Result]
     tables: Callable[[Result], list[Table]]
     plots: Callable[[Result], list[Plot]] = _no_plots
+    gpu: S | None = None
 
     @property
     def module(self) -> ModuleType:
@@ -83,13 +84,17 @@ class Benchmark(Generic[S]):
     def _paragraphs(self) -> list[str]:
         return [paragraph.strip() for paragraph in (self.module.__doc__ or "").strip().split("\n\n")]
 
+    def shape(self, quick: bool, device: str) -> S:
+        """Return what is measured on a device."""
+        full = self.gpu if self.gpu is not None and device == "cuda" else self.full
+        return replace(self.quick if quick else full, device=device)
+
     def run(self, quick: bool, device: str) -> Result:
         """Measure and return the result; the state of the machine is taken down first."""
         settle()
         warnings.filterwarnings("ignore", module=r"peft|transformers")
         quiet()
-        shape = replace(self.quick if quick else self.full, device=device)
-        at = machine()
+        shape, at = self.shape(quick, device), machine()
         common = {"quick": quick, "device": device, "rounds": shape.rounds, "machine": at, "shape": shape.sizes()}
         return {**common, **self.measure(shape)}
 

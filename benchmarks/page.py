@@ -19,7 +19,7 @@ from rich.table import Table as TerminalTable
 
 from benchmarks.benchmark import RESULTS, Benchmark, Table, all_benchmarks
 from benchmarks.plots import look_of
-from benchmarks.results import files, read, statement
+from benchmarks.store import files, read, statement
 from deltatune.files import write_text
 from deltatune.study.figures import svg
 from deltatune.study.page import environment
@@ -114,7 +114,7 @@ def main() -> None:
     """Write the pages, and the document where the results are the committed ones."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description="Show what was measured.")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
-    folder: Path = parser.parse_args().out
+    folder: Path = parser.parse_args().out.resolve()
     written = [*pages(folder), *([document(DOCS, folder)] if folder == RESULTS else [])]
     Console().print(*(f"written: {path}" for path in written), sep="\n")
 

@@ -33,18 +33,20 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaShape(Shape):
-    """A Llama of some size."""
+    """A Llama of some size, its values in some float type."""
 
     layers: int
     width: int
     ffn: int
     heads: int
     vocabulary: int = 1000
+    dtype: str = "float32"
 
     def model(self, layers: int | None = None) -> nn.Module:
         """Build the model on the device, always the same, in training mode; with another number of layers where asked."""
-        model = llama(layers or self.layers, self.width, self.ffn, self.heads, self.vocabulary)
-        return model.train().to(self.device)
+        with torch.device(self.device):
+            model = llama(layers or self.layers, self.width, self.ffn, self.heads, self.vocabulary)
+        return model.train().to(getattr(torch, self.dtype))
 
     def ids(self, rows: int, tokens: int) -> Tensor:
         """Return token ids [rows, tokens] on the device, always the same."""

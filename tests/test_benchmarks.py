@@ -116,7 +116,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
 def test_every_benchmark_runs_and_shows_what_it_measured(tmp_path: Path, name: str) -> None:
     from benchmarks.benchmark import find
     from benchmarks.plots import look_of
-    from benchmarks.results import statement
+    from benchmarks.store import statement
     from deltatune.study.figures import svg
     from deltatune.study.palette import SCREEN
 
@@ -134,7 +134,8 @@ def test_every_benchmark_runs_and_shows_what_it_measured(tmp_path: Path, name: s
     figures = benchmark.plots(result)
     for index, each in enumerate(figures):
         assert svg(each.panel(), look_of(figures, SCREEN), str(index)).startswith("<svg ")
-    CHECKS.get(name, print)(result)
+    if name in CHECKS:
+        CHECKS[name](result)
 
 
 def test_everything_that_is_imported_can_be() -> None:
@@ -196,11 +197,17 @@ def test_a_gpu_is_timed_by_its_own_events(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_device_reaches_models_batches_and_clocks() -> None:
-    from benchmarks.measure import Clock
-    from benchmarks.shape import LlamaShape
+    import torch
 
-    shape = LlamaShape(layers=1, width=32, ffn=64, heads=2, rounds=2, device="meta")
-    assert {p.device.type for p in shape.model().parameters()} == {"meta"} and shape.ids(2, 3).is_meta
+    from benchmarks.measure import Clock
+    from benchmarks.step import BENCHMARK
+
+    on_gpu = BENCHMARK.shape(quick=False, device="cuda")
+    assert on_gpu.device == "cuda" and on_gpu.width == 2048 and BENCHMARK.shape(False, "cpu").width == 768
+    assert BENCHMARK.shape(quick=True, device="cuda") == replace(BENCHMARK.quick, device="cuda")
+    shape = replace(BENCHMARK.quick, device="meta", dtype="bfloat16")
+    held = list(shape.model().parameters())
+    assert {(p.device.type, p.dtype) for p in held} == {("meta", torch.bfloat16)} and shape.ids(2, 3).is_meta
     seen: list[str] = []
 
     def turn(clock: Clock) -> None:
@@ -267,15 +274,20 @@ def test_one_that_fails_does_not_stop_the_others(
         started.append(arguments[3])
         return subprocess.CompletedProcess(arguments, int(arguments[3] == "attach"))
 
+    argv = ["benchmarks", "--quick", "--device", "cuda", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="there is no GPU"):
+        command.main()
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(command.subprocess, "run", run)
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", "--device", "cuda", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="these benchmarks failed: attach"):
         command.main()
     assert started == NAMES
 
 
 def test_a_result_takes_the_place_of_the_earlier_one_alone(tmp_path: Path) -> None:
-    from benchmarks.results import keep, read
+    from benchmarks.store import keep, read
 
     path = tmp_path / "cpu.json"
     keep(path, "step", {"rounds": 1})
@@ -291,7 +303,7 @@ def without_figures(page: str) -> str:
 def test_the_document_and_the_page_say_what_the_results_say(tmp_path: Path) -> None:
     from benchmarks.benchmark import RESULTS, all_benchmarks
     from benchmarks.page import DOCS, document, html
-    from benchmarks.results import files, read
+    from benchmarks.store import files, read
 
     assert sorted(all_benchmarks()) == NAMES
     copy = tmp_path / "performance.md"

@@ -32,7 +32,7 @@ def with_adapter(shape: LlamaShape, ids: torch.Tensor, config: Any) -> Contestan
     adapters.init(model)
     model.add_adapter("own", config=config)
     model.train_adapter("own")
-    model.to(shape.device).train()
+    model.to(shape.device, next(model.parameters()).dtype).train()  # what was added too
     return training(model, ids, [p for p in model.parameters() if p.requires_grad])
 
 
