@@ -136,7 +136,7 @@ def test_arrow_takes_what_experts_train_store_and_regenerate(method, tmp_path):
 
 
 def test_arrow_refuses_experts_of_another_backbone():
-    net, weights, *_ = case(dt.LoRA(rank=2))
+    _, weights, *_ = case(dt.LoRA(rank=2))
     other = case(dt.LoRA(rank=2), seed=1)[0]
     with pytest.raises(dt.DeltaTuneError, match=r"other values .*check=False"):
         dt.arrow(other, [weights])
