@@ -10,8 +10,8 @@ the code and the shapes alone, so it is the same on every machine.
 
 Each method is told beside the same method elsewhere: LoRA, DoRA, (IA)^3, prefix and prompt tuning of peft; the adapters of
 Houlsby and of Pfeiffer and prefix tuning of the library `adapters`; biases and all parameters trained by a plain loop. All
-take turns in one process, but for `adapters`, which needs other versions: it is measured in `.venv-adapters`, where that is
-set up (`make .venv-adapters/.ready`), in turns with a limit of its own, so its times are those in units of that limit, and
+take turns in one process, but for `adapters`, which needs other versions: it is measured in `.venv-others`, where that is
+set up (`make .venv-others/.ready`), in turns with a limit of its own, so its times are those in units of that limit, and
 a ratio to it is a quotient of two ratios, with the widest range that their quartiles allow.
 """
 
@@ -33,7 +33,7 @@ from benchmarks.training import STEP, Contestant, limit
 from benchmarks.twins import PLAIN, deltas, peft_configs, with_delta, with_peft
 
 ROOT = Path(__file__).resolve().parents[1]
-ADAPTERS = ROOT / ".venv-adapters" / "bin" / "python"
+OTHERS = ROOT / ".venv-others" / "bin" / "python"
 OURS, APART = "deltatune", "adapters"
 
 
@@ -132,7 +132,7 @@ def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def measure(shape: Shape) -> Result:
     """Measure all libraries."""
-    version, others = rows_of_adapters(shape, ADAPTERS)
+    version, others = rows_of_adapters(shape, OTHERS)
     rows = in_order([*rows_here(shape), *others])
     return {"adapters": version, "rows": rows, "pairs": pairs(rows)}
 

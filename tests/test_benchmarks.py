@@ -63,7 +63,7 @@ def check_step(result: dict[str, Any]) -> None:
     found = {(pair["method"], pair["over"]) for pair in result["pairs"]}
     apart = {method for method, over in found if over == "adapters"}
     assert apart == ({"Houlsby", "Pfeiffer", "PrefixTuning"} if result["adapters"] else set())
-    assert bool(result["adapters"]) == (ROOT / ".venv-adapters/bin/python").exists()
+    assert bool(result["adapters"]) == (ROOT / ".venv-others/bin/python").exists()
     peft = {"LoRA", "DoRA", "IA3", "PrefixTuning", "PromptTuning"}
     assert found >= {*((method, "peft") for method in peft), ("BitFit", "plain"), ("Full", "plain")}
     for pair in result["pairs"]:  # they do the same, so they train as much

@@ -1,4 +1,4 @@
-"""Training steps of the library `adapters`, in `.venv-adapters`: `python -m benchmarks.peers.adapterhub SHAPE` writes JSON.
+"""Training steps of the library `adapters`, in `.venv-others`: `python -m benchmarks.peers.adapterhub SHAPE` writes JSON.
 
 SHAPE is the shape's JSON. The bare backbone's limit is measured between them, so that their ratios to it compare with
 those of another process: {"version", "limit", "rows": {method: {"parameters", "seconds", "saved_bytes", "peak_bytes"}}}.
