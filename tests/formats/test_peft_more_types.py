@@ -27,6 +27,19 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         {"r": 2, "num_vectors": 9, "vector_length": 8, "topk": 3, **QV},
         "VBLoRA(rank=2, vectors=9, size=8, top=3)",
     ),
+    "UniLoRA": ("llama", "UniLoraConfig", {"r": 2, "theta_d_length": 50, **QV}, "UniLoRA(rank=2, size=50)"),
+    "UniLoRA-indices": (
+        "bert",
+        "UniLoraConfig",
+        {"r": 3, "theta_d_length": 3000, "proj_seed": 7, "save_indices": True, **BERT},
+        "UniLoRA(rank=3, size=3000)",
+    ),
+    "UniLoRA-conv1d": (
+        "gpt2",
+        "UniLoraConfig",
+        {"r": 2, "theta_d_length": 9, "target_modules": r".*\.mlp\.c_(fc|proj)", "fan_in_fan_out": True},
+        "UniLoRA(rank=2, size=9)",
+    ),
     "TinyLoRA": ("llama", "TinyLoraConfig", {"r": 2, "u": 5, **QV}, "TinyLoRA(size=5)"),
     "TinyLoRA-tied": (
         "llama",
@@ -67,6 +80,7 @@ def test_a_type_of_peft_is_read_and_written_as_the_same_function(case, tmp_path)
 WRITTEN = {
     "VeRA": 'VeRA(rank=6).at("attn.q")',
     "RandLoRA": 'RandLoRA(rank=8).at("{attn.q,attn.o}")',
+    "UniLoRA": "UniLoRA(rank=2, size=100)",
     "VBLoRA": "VBLoRA(rank=2, vectors=9, size=8)",
     "TinyLoRA": "TinyLoRA(size=5)",
     "DeLoRA": 'DeLoRA(rank=3) + DeLoRA(rank=2).at("ffn.up")',
@@ -131,7 +145,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "parts": ("AdamssConfig", {"r": 6, "num_subspaces": 2, **QV}, {}, "which rows form a group"),
     "basis": ("FrodConfig", {"progressbar": False, **QV}, {}, "basis is not orthogonal"),
     "router": ("LilyConfig", {"r": 3, "num_B": 2, **QV}, {}, "router over the whole batch"),
-    "scales": ("UniLoraConfig", {"r": 2, "theta_d_length": 16, **QV}, {}, "all modules together"),
+    "layers": (
+        "UniLoraConfig",
+        {"r": 2, "theta_d_length": 16, "layers_to_transform": [1], **QV},
+        {},
+        r"layers_to_transform=\[1\].*save_indices=True",
+    ),
     "shadow": ("VeraConfig", {"r": 6, **QV}, {"peft_type": "SHADOW"}, "keys keep the adapter's name"),
     "top": ("VBLoRAConfig", {"r": 2, "num_vectors": 9, "vector_length": 8, **QV}, {"save_only_topk_weights": True}, "save all"),
 }  # fmt: skip

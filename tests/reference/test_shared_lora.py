@@ -81,6 +81,26 @@ def test_the_map_of_uni_lora_keeps_lengths():
     torch.testing.assert_close(A.square().sum() + B.square().sum(), leaves["theta"].square().sum())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("size", [10, 100, 3000])
+def test_all_sites_of_uni_lora_together_share_its_vector_evenly(size):
+    from deltatune.core.method import Bag
+
+    method, model = dt.UniLoRA(rank=3, size=size), tiny.llama()
+    weights = dt.init(method, model, seed=4)
+    theta, lengths = weights.tensors["0.*.theta"], 0
+    with dt.attach(model, weights) as attachment:
+        held = dict(attachment.named_tensors())
+    j = torch.cat([tensor for name, tensor in held.items() if name.endswith(".j")])
+    assert len(j) == 3 * 3 * (32 + 32 + 32 + 16)
+    assert torch.equal(torch.bincount(j, minlength=size), held["0.*.n"])
+    assert held["0.*.n"].max() - held["0.*.n"].min() <= 1
+    for name in (name for name in held if name.endswith(".j")):
+        A, B = method._factors(Bag({"j": held[name], "n": held["0.*.n"], "theta": theta}), 32)
+        lengths += A.square().sum() + B.square().sum()
+    torch.testing.assert_close(lengths, theta[held["0.*.n"] > 0].square().sum())
+
+
 @pytest.mark.parametrize("shape", [(24, 20), (20, 24), (24, 24)])
 def test_rand_lora_equals_peft_with_the_same_bases(shape):
     from peft import RandLoraConfig

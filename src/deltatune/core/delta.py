@@ -108,7 +108,8 @@ def place(model: nn.Module, delta: Delta, parts: Anatomy | None = None) -> list[
         sites = _sites(model, term, parts)
         if not sites:
             raise DeltaTuneError(f"{term.where!r} of {term.method} matches nothing in this {parts.family}.")
-        placements += [Placement(index, term.method, site, term.method.leaves(site)) for site in sites]
+        declared = term.method.leaves_at(sites)
+        placements += [Placement(index, term.method, *at) for at in zip(sites, declared, strict=True)]
     _check_shared(placements)
     return placements
 

@@ -6,7 +6,7 @@ Throughout, `p` holds the method's tensors at one site as attributes, in the com
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from torch import Generator, Tensor
@@ -60,6 +60,10 @@ class Method(Spec):
     def leaves(self, site: Site) -> dict[str, Leaf]:
         """Declare the tensors of this method at `site`, by name."""
         raise NotImplementedError
+
+    def leaves_at(self, sites: Sequence[Site]) -> list[dict[str, Leaf]]:
+        """Declare the tensors at all sites of a term, in order: by each site alone, unless a start depends on the others."""
+        return [self.leaves(site) for site in sites]
 
     def takes(self, site: Site) -> bool:
         """Whether a method on tensors acts on the parameter `site.tensor` of a chosen place."""

@@ -15,7 +15,17 @@ from deltatune.errors import DeltaTuneError, nearest
 from deltatune.formats.disk import Tensors
 from deltatune.formats.guard import reading
 from deltatune.formats.parts import Part, assemble
-from deltatune.formats.peft import bases, factors, few, prefixes, projections, rotations, scalings, spectra  # noqa: F401  (their forms)
+from deltatune.formats.peft import (  # noqa: F401  (their forms)
+    bases,
+    factors,
+    few,
+    prefixes,
+    projections,
+    rotations,
+    scalings,
+    spectra,
+    unilora,
+)
 from deltatune.formats.peft.config import Config
 from deltatune.formats.peft.folder import read_folder
 from deltatune.formats.peft.form import Form
@@ -32,7 +42,6 @@ OTHERWISE = {
     "FROD": "its shared basis is not orthogonal, and that of deltatune's FRoD is",
     "LILY": "peft averages its router over the whole batch, so that one row's output depends on the others",
     "SHADOW": "its network beside the backbone is no method of deltatune, and its keys keep the adapter's name",
-    "UNILORA": "peft scales its vector by how often all modules together use an entry, and deltatune each module by itself",
     "XLORA": "it is made of other adapters; read each of them by itself",
 }
 
@@ -58,6 +67,11 @@ def _read_weights(model: nn.Module, folder: Path, check: bool) -> Weights:
         form.check(config)
     parts = anatomy(model)
     held, common, rest = _split(form, config, tensors)
+    held = held or form.untold(model, config)
+    if not held:
+        raise DeltaTuneError(
+            f"the file beside {config.source} holds no tensor of a {config.type}; its keys are {sorted(rest)[:3]}."
+        )
     apart = form.take(model, config, held)
     sites = _sites(model, parts, config, list(held))
     whole = form.spread(config, {path: held[path] for path in sites}, common)
@@ -98,10 +112,6 @@ def _split(form: Form, config: Config, tensors: Mapping[str, Tensor]) -> tuple[d
             rest[name] = tensor
         else:
             held.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = tensor
-    if not held:
-        raise DeltaTuneError(
-            f"the file beside {config.source} holds no tensor of a {config.type}; its keys are {sorted(rest)[:3]}."
-        )
     return held, shared, rest
 
 
