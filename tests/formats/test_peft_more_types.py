@@ -40,6 +40,14 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         {"r": 2, "theta_d_length": 9, "target_modules": r".*\.mlp\.c_(fc|proj)", "fan_in_fan_out": True},
         "UniLoRA(rank=2, size=9)",
     ),
+    "FRoD": ("llama", "FrodConfig", {"progressbar": False, **QV}, "FRoD(oblique=True)"),
+    "FRoD-bert": ("bert", "FrodConfig", {"progressbar": False, "sparse_rate": 0.1, **BERT}, "FRoD(share=0.1, oblique=True)"),
+    "FRoD-conv1d": (
+        "gpt2",
+        "FrodConfig",
+        {"progressbar": False, "target_modules": ["c_fc"], "fan_in_fan_out": True},
+        "FRoD(oblique=True)",
+    ),
     "TinyLoRA": ("llama", "TinyLoraConfig", {"r": 2, "u": 5, **QV}, "TinyLoRA(size=5)"),
     "TinyLoRA-tied": (
         "llama",
@@ -61,7 +69,15 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "BEFT": ("llama", "BeftConfig", {"target_modules": ["v_proj"]}, "BitFit()"),
     "DEFT": ("llama", "DeftConfig", {"r": 3, "alpha": 6, **QV}, "DEFT(rank=3, alpha=6.0)"),
 }  # fmt: skip
-ROUNDED = ("GLoRA-bias", "GLoRA-numbers", "DEFT")  # sums with the backbone's weight
+ROUNDED = (
+    "GLoRA-bias",
+    "GLoRA-numbers",
+    "DEFT",
+    "FRoD",
+    "FRoD-bert",
+    "FRoD-conv1d",
+    "FRoD-straight",
+)  # with the backbone's weight
 
 
 def config_of(name: str, fields: dict[str, Any]) -> Any:
@@ -143,7 +159,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "projection": ("VeraConfig", {"r": 6, "save_projection": False, **QV}, {}, "save_projection=False"),
     "family": ("WaveFTConfig", {"n_frequency": 9, **QV}, {"wavelet_family": "db2"}, "wavelet_family='db2'.*'db1' alone"),
     "parts": ("AdamssConfig", {"r": 6, "num_subspaces": 2, **QV}, {}, "which rows form a group"),
-    "basis": ("FrodConfig", {"progressbar": False, **QV}, {}, "basis is not orthogonal"),
+    "basis": (
+        "FrodConfig",
+        {"progressbar": False, "save_projection": False, **QV},
+        {},
+        r"lacks frod_V\.self_attn_q_proj .*save_projection=True",
+    ),
+    "rounding": (
+        "FrodConfig",
+        {"progressbar": False, "target_modules": ["layers.1.self_attn.v_proj"]},
+        {},
+        "next to nothing in 16 directions of its basis",
+    ),
     "router": ("LilyConfig", {"r": 3, "num_B": 2, **QV}, {}, "router over the whole batch"),
     "layers": (
         "UniLoraConfig",
@@ -173,6 +200,22 @@ def test_matrices_that_peft_would_cut_from_the_widest_are_not_written(tmp_path):
     with pytest.raises(dt.DeltaTuneError, match="peft's generator draws other entries"):
         write_peft(tiny.llama(), fourier, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_basis_that_peft_would_not_find_is_not_written(tmp_path):
+    weights = dt.init(dt.FRoD(), tiny.llama())
+    with pytest.raises(dt.DeltaTuneError, match=r"peft takes U = W V\^-T of self_attn_q_proj .* has another V"):
+        write_peft(tiny.llama(), weights, tmp_path / "out")
+    several = dt.init(dt.parse('FRoD().at("attn.q[0]") + FRoD().at("attn.q[1]")'), tiny.llama())
+    with pytest.raises(dt.DeltaTuneError, match="one basis and one S for all self_attn_q_proj"):
+        write_peft(tiny.llama(), several, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_vector_in_each_term_is_not_written(tmp_path):
+    delta = dt.parse('UniLoRA(size=9).at("attn.q") + UniLoRA(size=9).at("attn.v")')
+    with pytest.raises(dt.DeltaTuneError, match="has one vector for all modules"):
+        write_peft(tiny.llama(), dt.init(delta, tiny.llama()), tmp_path / "out")
 
 
 def test_singular_vectors_of_another_model_are_not_written(tmp_path):

@@ -11,18 +11,22 @@ from tests.reference.compare import copied
 from tests.reference.single import assert_same, leaves_of, peft_single, single, started
 
 
+@pytest.mark.parametrize("oblique", [False, True])
 @pytest.mark.parametrize("shape", [(24, 20), (20, 24)])
-def test_frod_equals_peft_with_the_same_basis_and_places(shape):
+def test_frod_equals_peft_with_the_same_basis_and_places(shape, oblique):
     from peft import FrodConfig
 
     d_in, size = shape[0], {"d_in": shape[0], "d_out": shape[1]}
-    model, weights = started(dt.FRoD(share=0.05), **size)
+    model, weights = started(dt.FRoD(share=0.05, oblique=oblique), **size)
+    if oblique:
+        own = torch.eye(d_in) + 0.1 * torch.randn(d_in, d_in, generator=torch.Generator().manual_seed(4))
+        copied(weights.fixed[f"0.*.V_{d_in}x{d_in}"], own)
+        copied(weights.fixed[f"0.*.R_{d_in}x{d_in}"], torch.linalg.inv(own).T)
     config = FrodConfig(sparse_rate=0.05, target_modules=["layer"], progressbar=False)
     layer, leaves = peft_single(config, **size), leaves_of(model, weights)
     count = int(d_in * d_in * 0.05)
     V, places = leaves[f"V_{d_in}x{d_in}"], leaves[f"j_{count}"]
-    WV = model.layer.weight.detach() @ V
-    scale = WV.norm(dim=0)
+    scale = torch.linalg.solve(V, model.layer.weight.detach().T).norm(dim=1)
     rows, columns = places // d_in, places % d_in
     assert len(places.unique()) == count
     assert not (rows == columns).any()
@@ -47,4 +51,7 @@ def test_sites_of_one_width_share_the_basis():
 def test_what_is_not_a_share_is_refused():
     with pytest.raises(dt.DeltaTuneError, match="write a number between 0 and 1, such as 0.01"):
         dt.FRoD(share=1.5)
+    with pytest.raises(dt.DeltaTuneError, match="is not a share"):
+        dt.FRoD(share=0.0)
+    assert dt.sites(single(), dt.FRoD(share=1.0).at("path:layer")).parameters == 24 * 24
     assert dt.sites(single(), dt.FRoD(share=1e-6).at("path:layer")).parameters == 24 + 1

@@ -19,6 +19,7 @@ from deltatune.formats.peft import (  # noqa: F401  (their forms)
     bases,
     factors,
     few,
+    frod,
     prefixes,
     projections,
     rotations,
@@ -39,7 +40,6 @@ PREFIX = f"{ROOT}model."
 OTHERWISE = {
     "ADAMSS": "which rows form a group is not in the file, and k-means may find other groups when it is run again",
     "BOTTLENECK": "it is of the fork LLM-Adapters, whose files do not say on which side of a layer their adapters act",
-    "FROD": "its shared basis is not orthogonal, and that of deltatune's FRoD is",
     "LILY": "peft averages its router over the whole batch, so that one row's output depends on the others",
     "SHADOW": "its network beside the backbone is no method of deltatune, and its keys keep the adapter's name",
     "XLORA": "it is made of other adapters; read each of them by itself",
