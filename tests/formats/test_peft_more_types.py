@@ -40,6 +40,19 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         {"r": 2, "theta_d_length": 9, "target_modules": r".*\.mlp\.c_(fc|proj)", "fan_in_fan_out": True},
         "UniLoRA(rank=2, size=9)",
     ),
+    "AdaMSS": ("llama", "AdamssConfig", {"r": 6, "num_subspaces": 2, **QV}, "AdaMSS(size=6, groups=2)"),
+    "AdaMSS-bias": (
+        "bert",
+        "AdamssConfig",
+        {"r": 100, "num_subspaces": 12, "subspace_rank": 4, "random_seed": 3, **BERT},
+        "AdaMSS(groups=12, rank=4)",
+    ),
+    "AdaMSS-ranks": (
+        "llama",
+        "AdamssConfig",
+        {"r": 8, "subspace_rank": 3, "use_dynamic_rank": True, "svd_threshold": 0.5, **QV},
+        "AdaMSS(size=8, rank=3)",
+    ),
     "FRoD": ("llama", "FrodConfig", {"progressbar": False, **QV}, "FRoD(oblique=True)"),
     "FRoD-bert": ("bert", "FrodConfig", {"progressbar": False, "sparse_rate": 0.1, **BERT}, "FRoD(share=0.1, oblique=True)"),
     "FRoD-conv1d": (
@@ -96,6 +109,7 @@ def test_a_type_of_peft_is_read_and_written_as_the_same_function(case, tmp_path)
 WRITTEN = {
     "VeRA": 'VeRA(rank=6).at("attn.q")',
     "RandLoRA": 'RandLoRA(rank=8).at("{attn.q,attn.o}")',
+    "AdaMSS": "AdaMSS(size=10, groups=3, rank=2)",
     "UniLoRA": "UniLoRA(rank=2, size=100)",
     "VBLoRA": "VBLoRA(rank=2, vectors=9, size=8)",
     "TinyLoRA": "TinyLoRA(size=5)",
@@ -158,7 +172,6 @@ def test_poly_is_read_for_its_first_task(tmp_path):
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "projection": ("VeraConfig", {"r": 6, "save_projection": False, **QV}, {}, "save_projection=False"),
     "family": ("WaveFTConfig", {"n_frequency": 9, **QV}, {"wavelet_family": "db2"}, "wavelet_family='db2'.*'db1' alone"),
-    "parts": ("AdamssConfig", {"r": 6, "num_subspaces": 2, **QV}, {}, "which rows form a group"),
     "basis": (
         "FrodConfig",
         {"progressbar": False, "save_projection": False, **QV},
@@ -200,6 +213,24 @@ def test_matrices_that_peft_would_cut_from_the_widest_are_not_written(tmp_path):
     with pytest.raises(dt.DeltaTuneError, match="peft's generator draws other entries"):
         write_peft(tiny.llama(), fourier, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_groups_of_another_model_are_neither_read_nor_written(tmp_path):
+    saved(tmp_path / "theirs", tiny.llama, config_of("AdamssConfig", {"r": 6, "num_subspaces": 2, **QV}))
+    with pytest.raises(dt.DeltaTuneError, match="are not those of the model's weight"):
+        read_peft(tiny.llama(seed=1), tmp_path / "theirs")
+    edited(tmp_path / "theirs", random_seed=4)
+    with pytest.raises(
+        dt.DeltaTuneError, match=r"have \[\d+, \d+\] rows in the file|are not those of the model's weight"
+    ):
+        read_peft(tiny.llama(), tmp_path / "theirs")
+    weights = dt.init(dt.AdaMSS(size=6, groups=2), tiny.llama())
+    for name, tensor in weights.fixed.items():
+        if name.endswith(".g"):
+            tensor.copy_(1 - tensor)
+    with pytest.raises(dt.DeltaTuneError, match="not those that peft finds in this backbone"):
+        write_peft(tiny.llama(), weights, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
 
 
 def test_a_basis_that_peft_would_not_find_is_not_written(tmp_path):

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import deltatune as dt
+from deltatune.methods._kmeans import SEED, cluster
+from deltatune.methods.reparameterization.adamss import subspaces
 from tests.reference.compare import copied
 from tests.reference.single import D_IN, D_OUT, assert_same, inputs, leaves_of, peft_single, single, started
 
@@ -89,22 +91,42 @@ def test_adamss_equals_peft_with_the_same_groups(bias, rank):
 
 
 @torch.no_grad()
-def test_adamss_starts_from_the_groups_that_peft_s_recipe_gives():
-    model = single()
+@pytest.mark.parametrize("bias", [True, False])
+def test_adamss_starts_from_the_directions_and_groups_that_peft_finds(bias):
+    from peft import AdamssConfig
+
+    model = single(bias=bias)
     weights = dt.init(dt.AdaMSS(size=10, groups=3, rank=2).at("path:layer"), model)
     held = {n.rpartition(".")[2]: t for n, t in weights.held.items()}
-    whole = torch.cat([model.layer.weight, model.layer.bias[:, None]], 1)
-    U, _, Vt = torch.linalg.svd(whole, full_matrices=False)
-    torch.testing.assert_close(torch.cat([held["V"], held["c"][:, None]], 1).abs(), Vt[:10].abs(), rtol=0, atol=1e-5)
-    U = whole @ torch.cat([held["V"], held["c"][:, None]], 1).T
-    U = U / U.norm(dim=0)
-    for g in range(3):
-        rows = U[held["g"] == g]
-        own, others = rows - rows.mean(0), [U[held["g"] == h].mean(0) for h in range(3)]
-        assert torch.cdist(rows, torch.stack(others)).argmin(1).eq(g).all()  # k-means has come to rest
-        assert own.shape[0] > 0
+    config = AdamssConfig(r=10, num_subspaces=3, subspace_rank=2, target_modules=["layer"])
+    layer = peft_single(config, bias=bias)
+    basis = torch.cat([held["V"], held["c"][:, None]], 1) if bias else held["V"]
+    torch.testing.assert_close(basis, layer.adamss_newB["default"], rtol=0, atol=1e-6)
+    assert torch.equal(layer.scatter_index["default"], torch.cat([torch.where(held["g"] == i)[0] for i in range(3)]))
+    U, _ = subspaces(dt.sites(model, weights.delta).placements[0].site, dict(model.layer.named_parameters()), 10)
+    for i in range(3):  # peft's A approximates, by another random projection, what this recipe gives
+        rows = U[held["g"] == i]
         Q, _ = torch.linalg.qr(rows.T @ torch.linalg.svd(rows @ rows.T).U[:, :2])
-        torch.testing.assert_close((held["A"][g] @ Q).abs(), torch.eye(2), rtol=0, atol=1e-3)
+        torch.testing.assert_close((held["A"][i] @ Q).abs(), torch.eye(2), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_groups_are_those_of_scikit_learn(seed):
+    from sklearn.cluster import KMeans
+
+    generator = torch.Generator().manual_seed(seed)
+    count, width, groups = (
+        int(torch.randint(*sizes, (), generator=generator)) for sizes in ((12, 300), (1, 20), (1, 12))
+    )
+    rows = torch.randn(count, width, generator=generator)
+    theirs = KMeans(groups, init="random", n_init=1, max_iter=10, random_state=SEED).fit_predict(rows.numpy())
+    assert cluster(rows, groups).tolist() == theirs.tolist()
+
+
+def test_a_group_without_rows_gets_the_farthest_one():
+    rows = torch.tensor([[0.0]] * 9 + [[5.0]])
+    assert sorted(cluster(rows, 2).bincount().tolist()) == [1, 9]
+    assert cluster(torch.zeros(4, 2), 3).tolist() == [0] * 4
 
 
 def test_adamss_is_cut_to_the_widths_of_a_site_as_in_peft():

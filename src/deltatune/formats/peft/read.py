@@ -16,6 +16,7 @@ from deltatune.formats.disk import Tensors
 from deltatune.formats.guard import reading
 from deltatune.formats.parts import Part, assemble
 from deltatune.formats.peft import (  # noqa: F401  (their forms)
+    adamss,
     bases,
     factors,
     few,
@@ -38,7 +39,6 @@ ROOT = "base_model."
 PREFIX = f"{ROOT}model."
 # types of peft that deltatune has as well, with tensors that its files cannot give it
 OTHERWISE = {
-    "ADAMSS": "which rows form a group is not in the file, and k-means may find other groups when it is run again",
     "BOTTLENECK": "it is of the fork LLM-Adapters, whose files do not say on which side of a layer their adapters act",
     "LILY": "peft averages its router over the whole batch, so that one row's output depends on the others",
     "SHADOW": "its network beside the backbone is no method of deltatune, and its keys keep the adapter's name",

@@ -2,14 +2,16 @@
 
     W' = W + [B_o . A_g(o) V^T]_o        V^T: [r, d_in]   A: [groups, rank, r]   B: [d_out, rank]   o a row, g(o) its group
 
-V^T are the r = `size` principal right singular vectors of [W, b], and the groups are clusters (k-means) of the rows of the
-left ones; both are not trained and travel with the weights. The bias column of V^T gives the bias its change. A starts
-as each group's principal directions, B at zero, so the delta starts neutral. The paper's schedule that freezes
-unimportant groups is not here (off in peft as well). Parameters: groups rank r + d_out rank a site.
+V^T are the r = `size` principal right singular vectors of [W, b], from a randomised decomposition as in peft, and the groups
+are clusters (k-means) of the rows of the left ones; both are not trained and travel with the weights. The bias column of
+V^T gives the bias its change. A starts as each group's principal directions, B at zero, so the delta starts neutral. The
+paper's schedule that freezes unimportant groups is not here (off in peft as well). Parameters: groups rank r + d_out rank
+a site.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,16 +34,28 @@ class Subspaces(Init):
     groups: int
 
     def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
-        W, site = given.weight, given.site
-        whole = torch.cat([W, _bias(given)[:, None]], 1)
-        U, _, Vt = given.once("svd with bias", lambda: torch.linalg.svd(whole, full_matrices=False))
-        U, Vt = U[:, : self.size], Vt[: self.size]
-        if self.part in ("V", "c"):
-            return (Vt[:, : site.d_in] if self.part == "V" else Vt[:, site.d_in]).contiguous()
-        group = cluster(U, self.groups)
+        U, Vt = given.once(("subspaces", self.size), lambda: subspaces(given.site, given.tensors, self.size))
+        if self.part == "V":
+            return Vt[:, : given.site.d_in].contiguous()
+        if self.part == "c":
+            return Vt[:, given.site.d_in] if given.site.bias else torch.zeros(shape)
+        group = given.once(("groups", self.size, self.groups), lambda: cluster(U, self.groups))
         if self.part == "g":
             return group
         return torch.stack([_principal(U[group == g], shape[1]) for g in range(self.groups)])
+
+
+def subspaces(site: Site, own: Mapping[str, Tensor], size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return the principal singular vectors of [W, b], U [d_out, r] and V^T [r, d_in + 1], without b where there is none.
+
+    They come from a random projection that `seed` draws, so they are the same at every call (Halko et al., 2011).
+    """
+    given = Given(site, own)
+    whole = torch.cat([given.weight, _bias(given)[:, None]], 1) if site.bias else given.weight
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        U, _, V = torch.svd_lowrank(whole, q=size)
+    return U, V.mT
 
 
 def _bias(given: Given) -> Tensor:
