@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 import deltatune as dt
 from deltatune import formats
+from tests.formats import folders
 from tests.formats.small import bert, llama, t5
 from tests.laws.cases import busy
 
@@ -33,6 +35,13 @@ def written(name: str, text: str, build: Callable[[], nn.Module]) -> Files:
     with tempfile.TemporaryDirectory() as folder:
         formats.write(name, build(), busy(dt.init(dt.parse(text), build()), size=0.2), folder)
         return contents(Path(folder))
+
+
+def saved(config: Any, build: Callable[[], nn.Module]) -> Files:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folders.saved(Path(folder), build, config)
+        return {name: data for name, data in contents(Path(folder)).items() if name != "README.md"}
 
 
 def contents(folder: Path) -> Files:
@@ -51,6 +60,8 @@ def ones(*shape: int) -> Tensor:
 
 def made() -> dict[str, tuple[Callable[[], nn.Module], Files]]:
     """Return a good folder of every format, and the model that it is for."""
+    from peft import FrodConfig, UniLoraConfig
+
     lora = {"lora_r": 2, "lora_alpha": 4, "delta_type": "lora", "non_linearity": "relu"}
     q, fc = "encoder.block.0.layer.0.SelfAttention.q", "encoder.block.1.layer.1.DenseReluDense.wo"
     down, up = f"{fc}.adapter.modulelist.down_proj", f"{fc}.adapter.modulelist.up_proj"
@@ -69,6 +80,10 @@ def made() -> dict[str, tuple[Callable[[], nn.Module], Files]]:
         "peft-lora": (llama, written("peft", 'LoRA(rank=2) + Full().at("norm")', llama)),
         "peft-vera": (llama, written("peft", 'VeRA(rank=2).at("attn.q")', llama)),
         "peft-oft": (llama, written("peft", 'OFT(block=4).at("attn.q")', llama)),
+        "peft-adamss": (llama, written("peft", 'AdaMSS(size=5, groups=2).at("attn.q")', llama)),
+        "peft-frod": (llama, saved(FrodConfig(progressbar=False, target_modules=["q_proj"]), llama)),
+        "peft-unilora": (llama, written("peft", "UniLoRA(rank=2, size=20)", llama)),
+        "peft-unilora-seed": (llama, saved(UniLoraConfig(r=2, theta_d_length=20, target_modules=["q_proj"]), llama)),
         "peft-prefix": (llama, written("peft", "PrefixTuning(length=2)", llama)),
         "adapterhub-mam": (bert, contents(DATA / "bert-mam")),
         "adapterhub-reft": (bert, contents(DATA / "bert-reft")),

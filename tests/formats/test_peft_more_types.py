@@ -184,14 +184,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         {},
         "next to nothing in 16 directions of its basis",
     ),
-    "router": ("LilyConfig", {"r": 3, "num_B": 2, **QV}, {}, "router over the whole batch"),
+    "router": ("LilyConfig", {"r": 3, "num_B": 2, **QV}, {}, r"over all positions of all rows of a call.*each position's own softmax"),
     "layers": (
         "UniLoraConfig",
         {"r": 2, "theta_d_length": 16, "layers_to_transform": [1], **QV},
         {},
         r"layers_to_transform=\[1\].*save_indices=True",
     ),
-    "shadow": ("VeraConfig", {"r": 6, **QV}, {"peft_type": "SHADOW"}, "keys keep the adapter's name"),
+    "shadow": ("VeraConfig", {"r": 6, **QV}, {"peft_type": "SHADOW"}, "the states of a second transformer"),
+    "x-lora": ("VeraConfig", {"r": 6, **QV}, {"peft_type": "XLORA"}, "of a first pass through the whole model"),
     "top": ("VBLoRAConfig", {"r": 2, "num_vectors": 9, "vector_length": 8, **QV}, {"save_only_topk_weights": True}, "save all"),
 }  # fmt: skip
 
@@ -213,6 +214,20 @@ def test_matrices_that_peft_would_cut_from_the_widest_are_not_written(tmp_path):
     with pytest.raises(dt.DeltaTuneError, match="peft's generator draws other entries"):
         write_peft(tiny.llama(), fourier, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_lily_of_peft_is_no_function_of_a_row(tmp_path):
+    from peft import LilyConfig
+
+    theirs = saved(tmp_path / "theirs", tiny.llama, LilyConfig(r=3, num_B=2, **QV), size=0.5)
+    ids = tiny.batch(tiny.llama())["input_ids"]
+    row, among, first = (theirs(input_ids=some).logits[0, :1] for some in (ids[:1], ids, ids[:1, :1]))
+    assert (row - among).abs().max() > 1e-2  # other rows
+    assert (row - first).abs().max() > 1e-2  # what follows
+    with pytest.raises(dt.DeltaTuneError, match="Lily is not written for peft.*each position's own softmax"):
+        write_peft(tiny.llama(), dt.init(dt.Lily(rank=3), tiny.llama()), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
 
 
 def test_groups_of_another_model_are_neither_read_nor_written(tmp_path):

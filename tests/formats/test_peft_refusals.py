@@ -39,7 +39,7 @@ def refused(folder: Any, words: str) -> None:
 
 FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "type": ({"peft_type": "LORRA"}, r"'LORRA', which is not read\. Did you mean 'LORA'"),
-    "lily": ({"peft_type": "LILY"}, "LILY, which is not read: peft averages its router"),
+    "lily": ({"peft_type": "LILY"}, "LILY, which is not read: peft's is f"),
     "start": ({"init_lora_weights": "pissa_niter_4"}, "whose weights that start has changed"),
     "old": ({"enable_lora": [True, False, True]}, r"peft 0\.2 and older"),
     "copies": ({"layer_replication": [[0, 2]]}, "copies of blocks"),

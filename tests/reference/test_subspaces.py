@@ -7,7 +7,7 @@ import torch
 
 import deltatune as dt
 from deltatune.methods._kmeans import SEED, cluster
-from deltatune.methods.reparameterization.adamss import subspaces
+from deltatune.methods._subspaces import subspaces
 from tests.reference.compare import copied
 from tests.reference.single import D_IN, D_OUT, assert_same, inputs, leaves_of, peft_single, single, started
 

@@ -16,7 +16,8 @@ from deltatune.formats.peft.config import Config
 from deltatune.formats.peft.form import Form, agree
 from deltatune.formats.seats import Seat
 from deltatune.methods._kmeans import SEED
-from deltatune.methods.reparameterization.adamss import AdaMSS, subspaces
+from deltatune.methods._subspaces import subspaces
+from deltatune.methods.reparameterization.adamss import AdaMSS
 
 BASIS = "adamss_newB"
 A, B = "adamss_A", "adamss_B"

@@ -54,8 +54,8 @@ class Form:
         """Take out of `held` what is not at a module as a whole, and return what it is in deltatune."""
         return []
 
-    def untold(self, model: nn.Module, config: Config) -> dict[str, Tensors]:
-        """Return every module's tensors where the file holds none, because peft makes them again when it loads it."""
+    def untold(self, model: nn.Module, config: Config, shared: Tensors) -> dict[str, Tensors]:
+        """Return every module's tensors where the file holds only shared ones, because peft makes them again when it loads it."""
         return {}
 
     def read(self, config: Config, site: Site, held: Tensors) -> list[Part]:

@@ -61,6 +61,8 @@ class FRoDForm(Form):
     def read_at(self, config: Config, site: Site, held: Tensors, own: Tensors) -> list[Part]:
         V, (rows, columns), d = held[BASIS], held[PLACES], site.d_in
         agree(config, "the width of its basis", site.path, len(V), d)
+        if not 0 <= held[PLACES].min() <= held[PLACES].max() < d:
+            raise DeltaTuneError(f"{PLACES} of {site.path!r} has places outside a matrix of {d} x {d}.")
         R = torch.linalg.inv(V.double()).mT.float()
         if (R.mT @ V - torch.eye(d)).abs().max() > 1e-2:
             raise DeltaTuneError(
@@ -100,7 +102,7 @@ class FRoDForm(Form):
             if theirs.shape != V.shape or not torch.allclose(theirs, V, rtol=0, atol=1e-3 * float(V.abs().max())):
                 raise DeltaTuneError(
                     f"peft takes U = W V^-T of {role} from the joint basis V that it computes of the backbone, and this delta "
-                    "has another V. Write dt.to_lora(model, weights), or merge it."
+                    "has another V. Merge it instead."
                 )
             size = torch.tensor([len(V), len(V)])
             tensors |= {f"{BASIS}.{role}": V, f"{PLACES}.{role}": places, f"{SIZE}.{role}": size}

@@ -37,12 +37,15 @@ from deltatune.methods.addition.trainable_tokens import TrainableTokens
 
 ROOT = "base_model."
 PREFIX = f"{ROOT}model."
-# types of peft that deltatune has as well, with tensors that its files cannot give it
+# types of peft whose function deltatune does not have
 OTHERWISE = {
     "BOTTLENECK": "it is of the fork LLM-Adapters, whose files do not say on which side of a layer their adapters act",
-    "LILY": "peft averages its router over the whole batch, so that one row's output depends on the others",
-    "SHADOW": "its network beside the backbone is no method of deltatune, and its keys keep the adapter's name",
-    "XLORA": "it is made of other adapters; read each of them by itself",
+    "LILY": "peft's is f(x) + s sum_e m_e B_e^T h with m the mean of softmax(C h) over all positions of all rows of a call, so "
+    "that a row depends on the others and on what follows it; deltatune's Lily has each position's own softmax",
+    "SHADOW": "peft's is h + alpha W_up W_down (h - s) before every block with s the states of a second transformer, which no "
+    "method of deltatune has",
+    "XLORA": "peft's is f(x) + sum_e c_e LoRA_e(x) with c from a classifier on the last hidden states of a first pass through "
+    "the whole model; read each of its LoRAs by itself",
 }
 
 
@@ -67,7 +70,7 @@ def _read_weights(model: nn.Module, folder: Path, check: bool) -> Weights:
         form.check(config)
     parts = anatomy(model)
     held, common, rest = _split(form, config, tensors)
-    held = held or form.untold(model, config)
+    held = held or form.untold(model, config, common)
     if not held:
         raise DeltaTuneError(
             f"the file beside {config.source} holds no tensor of a {config.type}; its keys are {sorted(rest)[:3]}."

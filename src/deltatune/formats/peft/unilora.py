@@ -36,27 +36,32 @@ class UniLoRAForm(Form):
     needed = (A, B, THETA)
     fields = frozenset(["r", "proj_seed", "theta_d_length", "unilora_dropout", "init_theta_d_bound", "save_indices"])
 
-    def untold(self, model: nn.Module, config: Config) -> dict[str, Tensors]:
+    def untold(self, model: nn.Module, config: Config, shared: Tensors) -> dict[str, Tensors]:
         parts, rank = anatomy(model), config.whole("r", 4)
         sites = [select(model, f"path:{path}", parts)[0] for path in aimed(model, config)]
-        if not sites:
+        if not sites or THETA not in shared:
             return {}
-        sizes = [size for site in sites for size in (rank * site.d_in, rank * site.d_out)]
-        drawn = iter(
-            _drawn(sum(sizes), config.whole("theta_d_length", 256), config.whole("proj_seed", 42)).split(sizes)
-        )
+        size = len(shared[THETA])
+        UniLoRA(rank, size).leaves_at(sites)  # refuses a rank that does not fit
+        sizes = [entries for site in sites for entries in (rank * site.d_in, rank * site.d_out)]
+        drawn = iter(_drawn(sum(sizes), size, config.whole("proj_seed", 42)).split(sizes))
         return {site.path: {A: next(drawn).view(rank, -1), B: next(drawn).view(-1, rank)} for site in sites}
 
     def spread(self, config: Config, held: Mapping[str, Tensors], shared: Tensors) -> dict[str, Tensors]:
-        indices = [own[name].flatten() for own in held.values() for name in (A, B) if name in own]
-        n = torch.bincount(torch.cat(indices), minlength=config.whole("theta_d_length", 256))
+        indices = torch.cat([own[name].flatten() for own in held.values() for name in (A, B) if name in own])
+        size = len(shared.get(THETA, ()))
+        if not 0 <= indices.min() <= indices.max() < size:
+            raise DeltaTuneError(
+                f"the file beside {config.source} has indices from {indices.min()} to {indices.max()}, but {size} entries in "
+                f"{THETA}; they do not belong together."
+            )
+        n = torch.bincount(indices, minlength=size)
         return {path: shared | own | {"n": n} for path, own in held.items()}
 
     def read(self, config: Config, site: Site, held: Tensors) -> list[Part]:
         rank, size, n = held[A].shape[0], len(held[THETA]), held["n"]
         agree(config, "r", site.path, rank, config.number("r", 4))
         agree(config, "theta_d_length", site.path, size, config.number("theta_d_length", 256))
-        agree(config, "the number of entries", site.path, len(n), size)
         for index, scale in SCALES.items():
             if scale in held and not torch.allclose(held[scale], n[held[index]].float().rsqrt(), rtol=1e-2):
                 raise DeltaTuneError(

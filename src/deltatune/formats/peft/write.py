@@ -14,7 +14,7 @@ from deltatune.formats.peft.folder import write_folder
 from deltatune.formats.peft.form import Form
 from deltatune.formats.peft.names import targets
 from deltatune.formats.peft.prompts import Prompt, is_prompt, write_prompt
-from deltatune.formats.peft.read import PREFIX, ROOT
+from deltatune.formats.peft.read import OTHERWISE, PREFIX, ROOT
 from deltatune.formats.peft.values import write_biases, write_values
 from deltatune.formats.seats import Seat, seats_of
 from deltatune.methods.specification.bitfit import BitFit
@@ -89,6 +89,9 @@ def _form(seats: list[Seat]) -> Form:
             if all(kind in form.methods or (also and kind in form.beside) for kind in kinds):
                 return form
     names = " + ".join(kind.__name__ for kind in kinds)
+    for kind in kinds:
+        if kind.__name__.upper() in OTHERWISE:
+            raise DeltaTuneError(f"{kind.__name__} is not written for peft: {OTHERWISE[kind.__name__.upper()]}.")
     for seat in seats:
         if seat.method.computes is not seat.method:
             raise DeltaTuneError(

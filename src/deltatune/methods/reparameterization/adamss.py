@@ -11,7 +11,6 @@ a site.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from deltatune.core.method import Base, OnLinear
 from deltatune.core.site import Site
 from deltatune.methods._kmeans import cluster
 from deltatune.methods._sizes import check_least
+from deltatune.methods._subspaces import subspaces
 
 
 @dataclass(frozen=True)
@@ -43,27 +43,6 @@ class Subspaces(Init):
         if self.part == "g":
             return group
         return torch.stack([_principal(U[group == g], shape[1]) for g in range(self.groups)])
-
-
-def subspaces(site: Site, own: Mapping[str, Tensor], size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return the principal singular vectors of [W, b], U [d_out, r] and V^T [r, d_in + 1], without b where there is none.
-
-    They come from a random projection that `seed` draws, so they are the same at every call (Halko et al., 2011).
-    """
-    given = Given(site, own)
-    whole = torch.cat([given.weight, _bias(given)[:, None]], 1) if site.bias else given.weight
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        U, _, V = torch.svd_lowrank(whole, q=size)
-    return U, V.mT
-
-
-def _bias(given: Given) -> Tensor:
-    bias = given.tensors.get("bias")
-    if bias is None:
-        return torch.zeros(given.site.d_out)
-    whole = bias.detach().to("cpu", torch.float32)
-    return whole if given.site.part is None else given.site.part.take(whole, 0)
 
 
 def _principal(rows: Tensor, rank: int) -> Tensor:
