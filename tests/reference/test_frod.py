@@ -6,26 +6,22 @@ import pytest
 import torch
 
 import deltatune as dt
+from deltatune.methods._joint import joint
 from tests import tiny
 from tests.reference.compare import copied
 from tests.reference.single import assert_same, leaves_of, peft_single, single, started
 
 
-@pytest.mark.parametrize("oblique", [False, True])
 @pytest.mark.parametrize("shape", [(24, 20), (20, 24)])
-def test_frod_equals_peft_with_the_same_basis_and_places(shape, oblique):
+def test_frod_equals_peft_with_the_same_basis_and_places(shape):
     from peft import FrodConfig
 
     d_in, size = shape[0], {"d_in": shape[0], "d_out": shape[1]}
-    model, weights = started(dt.FRoD(share=0.05, oblique=oblique), **size)
-    if oblique:
-        own = torch.eye(d_in) + 0.1 * torch.randn(d_in, d_in, generator=torch.Generator().manual_seed(4))
-        copied(weights.fixed[f"0.*.V_{d_in}x{d_in}"], own)
-        copied(weights.fixed[f"0.*.R_{d_in}x{d_in}"], torch.linalg.inv(own).T)
+    model, weights = started(dt.FRoD(share=0.05), **size)
     config = FrodConfig(sparse_rate=0.05, target_modules=["layer"], progressbar=False)
     layer, leaves = peft_single(config, **size), leaves_of(model, weights)
     count = int(d_in * d_in * 0.05)
-    V, places = leaves[f"V_{d_in}x{d_in}"], leaves[f"j_{count}"]
+    V, places = leaves[f"V_{d_in}x{d_in}"], leaves[f"j_{d_in}"]
     scale = torch.linalg.solve(V, model.layer.weight.detach().T).norm(dim=1)
     rows, columns = places // d_in, places % d_in
     assert len(places.unique()) == count
@@ -40,12 +36,24 @@ def test_frod_equals_peft_with_the_same_basis_and_places(shape, oblique):
     assert weights.count == d_in + count == sum(p.numel() for p in layer.parameters() if p.requires_grad)
 
 
-def test_sites_of_one_width_share_the_basis():
-    weights = dt.init(dt.FRoD(), tiny.llama())
-    assert {name: tuple(t.shape) for name, t in weights.fixed.items()} == {"0.*.V_32x32": (32, 32)}
-    V = weights.fixed["0.*.V_32x32"]
-    torch.testing.assert_close(V.T @ V, torch.eye(32), rtol=0, atol=1e-5)
-    assert weights.count == 6 * (32 + 10)
+def test_sites_of_one_width_share_the_basis_that_peft_finds_for_them():
+    from peft import FrodConfig, get_peft_model
+
+    weights = dt.init(dt.FRoD().at("attn.q"), tiny.llama())
+    V, R = weights.fixed["0.*.V_32x32"], weights.fixed["0.*.R_32x32"]
+    assert len(weights.fixed) == 2
+    torch.testing.assert_close(R.T @ V, torch.eye(32), rtol=0, atol=1e-4)
+    theirs = get_peft_model(tiny.llama(), FrodConfig(target_modules=["q_proj"], progressbar=False))
+    torch.testing.assert_close(V, theirs.base_model.frod_V["self_attn_q_proj"]["default"], rtol=0, atol=1e-5)
+    assert weights.count == 3 * (32 + 10)
+
+
+def test_a_basis_of_weights_without_full_rank_is_orthogonal():
+    W = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+    for few in (W[:5], torch.cat([W[:, :4], W[:, :4]], 1), torch.zeros(9, 8)):
+        V, R = joint([few, few])
+        assert V is R
+        torch.testing.assert_close(V.T @ V, torch.eye(8), rtol=0, atol=1e-5)
 
 
 def test_what_is_not_a_share_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from deltatune.core.leaf import Leaf
 from deltatune.core.method import Method
 from deltatune.core.site import Anatomy, Site, anatomy, read_by
 from deltatune.core.spec import evaluate, from_json, literal, read
-from deltatune.core.stored import device, quantised, shape
+from deltatune.core.stored import Values, device, quantised, shape
 from deltatune.core.walk import submodule
 from deltatune.core.where import select
 from deltatune.errors import DeltaTuneError
@@ -108,10 +109,14 @@ def place(model: nn.Module, delta: Delta, parts: Anatomy | None = None) -> list[
         sites = _sites(model, term, parts)
         if not sites:
             raise DeltaTuneError(f"{term.where!r} of {term.method} matches nothing in this {parts.family}.")
-        declared = term.method.leaves_at(sites)
+        declared = term.method.leaves_at(sites, partial(_own, model))
         placements += [Placement(index, term.method, *at) for at in zip(sites, declared, strict=True)]
     _check_shared(placements)
     return placements
+
+
+def _own(model: nn.Module, site: Site) -> Values:
+    return Values(model.get_submodule(site.path))
 
 
 def _sites(model: nn.Module, term: Term, parts: Anatomy) -> list[Site]:

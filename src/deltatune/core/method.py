@@ -6,7 +6,7 @@ Throughout, `p` holds the method's tensors at one site as attributes, in the com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from torch import Generator, Tensor
@@ -19,6 +19,7 @@ from deltatune.core.spec import Spec, concrete
 if TYPE_CHECKING:
     from deltatune.core.delta import Delta
 
+Own = Callable[[Site], Mapping[str, Tensor]]
 Law = Literal["identity", "merge", "width", "compile", "route"]
 
 
@@ -61,8 +62,11 @@ class Method(Spec):
         """Declare the tensors of this method at `site`, by name."""
         raise NotImplementedError
 
-    def leaves_at(self, sites: Sequence[Site]) -> list[dict[str, Leaf]]:
-        """Declare the tensors at all sites of a term, in order: by each site alone, unless a start depends on the others."""
+    def leaves_at(self, sites: Sequence[Site], own: Own) -> list[dict[str, Leaf]]:
+        """Declare the tensors at all sites of a term, in order: by each site alone, unless a start depends on the others.
+
+        `own` gives a site's own tensors, for a start to look at.
+        """
         return [self.leaves(site) for site in sites]
 
     def takes(self, site: Site) -> bool:

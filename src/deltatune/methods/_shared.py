@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,6 @@ def shared(name: str, shape: Shape, init: Init) -> dict[str, Leaf]:
     return {f"{name}_{'x'.join(map(str, shape))}": Leaf(shape, init, scope="delta", trained=False)}
 
 
-def find(p: Any, name: str, *instead: Tensor) -> Tensor:
-    """Return the shared matrix called `name`, whatever its shape, or what is given `instead` of one that is not declared."""
-    return next(itertools.chain((tensor for leaf, tensor in vars(p).items() if leaf.startswith(f"{name}_")), instead))
+def find(p: Any, name: str) -> Tensor:
+    """Return the shared matrix called `name`, whatever its shape."""
+    return next(tensor for leaf, tensor in vars(p).items() if leaf.startswith(f"{name}_"))

@@ -20,11 +20,11 @@ from deltatune.formats.parts import Part
 from deltatune.formats.peft.config import Config
 from deltatune.formats.peft.form import Form, agree
 from deltatune.formats.seats import Seat, weight_of
+from deltatune.methods._joint import RIDGE, inverse, joint
 from deltatune.methods._shared import find
 from deltatune.methods.reparameterization.frod import FRoD
 
 BASIS, PLACES, SIZE = "frod_V", "frod_s_indices", "frod_s_size"
-RIDGE = 1e-3  # peft's default of regularization_alpha
 
 
 class FRoDForm(Form):
@@ -63,8 +63,8 @@ class FRoDForm(Form):
         agree(config, "the width of its basis", site.path, len(V), d)
         if not 0 <= held[PLACES].min() <= held[PLACES].max() < d:
             raise DeltaTuneError(f"{PLACES} of {site.path!r} has places outside a matrix of {d} x {d}.")
-        R = torch.linalg.inv(V.double()).mT.float()
-        if (R.mT @ V - torch.eye(d)).abs().max() > 1e-2:
+        R = inverse(V)
+        if R is None:
             raise DeltaTuneError(
                 f"the basis of {site.path!r} has no inverse in single precision, so it does not tell what peft's U is there."
             )
@@ -81,9 +81,9 @@ class FRoDForm(Form):
             "S": torch.where(faint[rows], 0, entries / L[rows]),
             f"V_{d}x{d}": V,
             f"R_{d}x{d}": R,
-            f"j_{len(rows)}": rows * d + columns,
+            f"j_{d}": rows * d + columns,
         }
-        method = FRoD(config.number("sparse_rate", 0.01), oblique=True)
+        method = FRoD(config.number("sparse_rate", 0.01))
         return [Part(site.path, method, leaves, group=str(int(held["group"])))]
 
     def write(self, seat: Seat) -> Tensors:
@@ -98,11 +98,12 @@ class FRoDForm(Form):
             V, _, places = _fixed(own[0])
             if not all(torch.equal(V, _fixed(seat)[0]) and torch.equal(places, _fixed(seat)[2]) for seat in own):
                 raise DeltaTuneError(f"peft's FROD has one basis and one S for all {role}; this delta has several.")
-            theirs = _joint({_layer(seat.site.path): seat.W for seat in own})
+            layers = {_layer(seat.site.path): seat.W for seat in own}
+            theirs, _ = joint([layers[layer] for layer in sorted(layers)])
             if theirs.shape != V.shape or not torch.allclose(theirs, V, rtol=0, atol=1e-3 * float(V.abs().max())):
                 raise DeltaTuneError(
-                    f"peft takes U = W V^-T of {role} from the joint basis V that it computes of the backbone, and this delta "
-                    "has another V. Merge it instead."
+                    f"peft takes U = W V^-T of {role} from the joint basis V that it computes of these modules, and this delta "
+                    "has another V. Write one term for each role, or merge it."
                 )
             size = torch.tensor([len(V), len(V)])
             tensors |= {f"{BASIS}.{role}": V, f"{PLACES}.{role}": places, f"{SIZE}.{role}": size}
@@ -126,7 +127,7 @@ def _fixed(seat: Seat) -> tuple[Tensor, Tensor, Tensor]:
     """Return a site's V, R and the rows and columns of S."""
     p, d = Bag(seat.leaves), seat.site.d_in
     V, places = find(p, "V"), find(p, "j")
-    return V, find(p, "R", V), torch.stack([places // d, places % d])
+    return V, find(p, "R"), torch.stack([places // d, places % d])
 
 
 def _lengths(W: Tensor, R: Tensor) -> Tensor:
@@ -154,20 +155,3 @@ def _layer(path: str) -> int:
     parts = path.split(".")
     behind = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []
     return next((int(part) for part in [*behind, *parts] if part.isdigit()), 0)
-
-
-def _joint(layers: Mapping[int, Tensor]) -> Tensor:
-    """Return the basis V [d_in, d_in] that peft computes of the weights of one role, by a higher-order decomposition.
-
-    V = R^T Z with Q R their stack and Z the eigenvectors of the mean of (Q_i^T Q_i + ridge)^-1; of a stack with fewer rows
-    than columns, its right singular vectors (Ponnapalli et al., 2011, doi:10.1371/journal.pone.0028072).
-    """
-    weights = [layers[layer] for layer in sorted(layers)]
-    stack = torch.cat(weights)
-    if stack.shape[0] < stack.shape[1]:
-        return torch.linalg.svd(stack, full_matrices=True).Vh.mT
-    Q, R = torch.linalg.qr(stack)
-    ridge = RIDGE * torch.eye(len(R))
-    inverses = [torch.linalg.inv(q.mT @ q + ridge) for q in Q.split([len(W) for W in weights])]
-    mean = sum(inverses[1:], inverses[0]) / len(inverses)
-    return R.mT @ torch.linalg.eigh(mean).eigenvectors

@@ -42,7 +42,7 @@ class UniLoRAForm(Form):
         if not sites or THETA not in shared:
             return {}
         size = len(shared[THETA])
-        UniLoRA(rank, size).leaves_at(sites)  # refuses a rank that does not fit
+        UniLoRA(rank, size).declared(sites)  # refuses a rank that does not fit
         sizes = [entries for site in sites for entries in (rank * site.d_in, rank * site.d_out)]
         drawn = iter(_drawn(sum(sizes), size, config.whole("proj_seed", 42)).split(sizes))
         return {site.path: {A: next(drawn).view(rank, -1), B: next(drawn).view(-1, rank)} for site in sites}

@@ -4,15 +4,15 @@
 
 S has `share` d_in^2 entries off the diagonal, at places that come back from the seed. l starts at 1 and S at zero, so the
 delta starts neutral. This is the paper's U (diag(L) + S) V^T with U = W R diag(1/L_0) and its L and the rows of S in units
-of L_0, the column norms of W R. The paper decomposes the weights of all layers jointly to find V, which is not orthogonal;
-here V holds the right singular vectors of the first site's weight of each width, so that R = V, and one term for each role is
-best. An `oblique` delta has an R of its own, for a V from elsewhere. V and R are not trained and travel with the weights.
-Parameters: d_in + share d_in^2 a site.
+of L_0, the column norms of W R. V is the joint basis of the weights of all sites of one width, so write one term for each
+role; inside a combinator it is that of the first site. V and R are not trained and travel with the weights. Parameters: d_in +
+share d_in^2 a site.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,19 +20,28 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from deltatune.core.leaf import Given, Init, Leaf, Ones, Shape
-from deltatune.core.method import Bag, Base, OnLinear
+from deltatune.core.method import Bag, Base, OnLinear, Own
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
 from deltatune.methods._entries import scatter
+from deltatune.methods._joint import joint
 from deltatune.methods._shared import find, shared
 
 
 @dataclass(frozen=True)
-class RightVectors(Init):
-    """All right singular vectors of the site's weight, as columns."""
+class Joint(Init):
+    """A part of the joint basis of the weights at some sites, V or R = V^-T; of the site's own where there are none."""
+
+    part: str
+    sites: tuple[Site, ...] = ()
+    own: Own | None = field(default=None, repr=False, compare=False)
 
     def fill(self, shape: Shape, generator: Generator, given: Given) -> Tensor:
-        return torch.linalg.svd(given.weight, full_matrices=True).Vh.mT.contiguous()
+        V, R = given.once("joint basis", lambda: joint([at.weight for at in self._given()] or [given.weight]))
+        return V if self.part == "V" else R
+
+    def _given(self) -> list[Given]:
+        return [] if self.own is None else [Given(site, self.own(site)) for site in self.sites]
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,6 @@ class FRoD(OnLinear):
     """Full-rank adaptation in a shared basis: W' = W V^-T (diag(l) + S) V^T (AAAI 2026)."""
 
     share: float = 0.01
-    oblique: bool = False
 
     where = "{attn.{q,v},cross.{q,v}?}"
     kinds = ("linear", "conv")  # a basis [d_in, d_in] of a vocabulary fits no memory
@@ -64,17 +72,23 @@ class FRoD(OnLinear):
             )
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
-        d = site.d_in
+        return self._declared(site.d_in, (), None)
+
+    def leaves_at(self, sites: Sequence[Site], own: Own) -> list[dict[str, Leaf]]:
+        alike = {d: tuple(site for site in sites if site.d_in == d) for d in {site.d_in for site in sites}}
+        return [self._declared(site.d_in, alike[site.d_in], own) for site in sites]
+
+    def _declared(self, d: int, sites: tuple[Site, ...], own: Own | None) -> dict[str, Leaf]:
         count = max(1, min(int(d * d * self.share), d * (d - 1)))
-        bases = [shared(name, (d, d), RightVectors()) for name in ("V", "R")[: 1 + self.oblique]]
+        bases = [shared(part, (d, d), Joint(part, sites, own)) for part in ("V", "R")]
         stored = {name: replace(leaf, stored=True) for basis in bases for name, leaf in basis.items()}
-        places = shared("j", (count,), OffDiagonal(d))
-        return {**stored, **places, "l": Leaf((d,), Ones()), "S": Leaf((count,))}
+        places = Leaf((count,), OffDiagonal(d), scope="delta", trained=False)
+        return {**stored, f"j_{d}": places, "l": Leaf((d,), Ones()), "S": Leaf((count,))}
 
     def unfold(self, p: Any) -> Any:
         V, d = find(p, "V"), len(p.l)
         turn = torch.diag(p.l - 1) + scatter(p.S, find(p, "j"), d, d)
-        return Bag({"V": V, "R": find(p, "R", V), "turn": turn})
+        return Bag({"V": V, "R": find(p, "R"), "turn": turn})
 
     def weight(self, p: Any, W: Tensor) -> Tensor:
         return W + (W.to(p.V.dtype) @ p.R @ p.turn @ p.V.mT).to(W.dtype)

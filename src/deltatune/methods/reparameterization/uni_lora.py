@@ -19,7 +19,7 @@ import torch
 from torch import Generator, Tensor
 
 from deltatune.core.leaf import Given, Init, Leaf, Shape, Uniform
-from deltatune.core.method import Base, Law, OnLinear
+from deltatune.core.method import Base, Law, OnLinear, Own
 from deltatune.core.site import Site
 from deltatune.methods._low_rank import changed, routed
 from deltatune.methods._sizes import check_least, check_rank
@@ -73,9 +73,13 @@ class UniLoRA(OnLinear):
         check_least(self, rank=self.rank, size=self.size)
 
     def leaves(self, site: Site) -> dict[str, Leaf]:
-        return self.leaves_at([site])[0]
+        return self.declared([site])[0]
 
-    def leaves_at(self, sites: Sequence[Site]) -> list[dict[str, Leaf]]:
+    def leaves_at(self, sites: Sequence[Site], own: Own) -> list[dict[str, Leaf]]:
+        return self.declared(sites)
+
+    def declared(self, sites: Sequence[Site]) -> list[dict[str, Leaf]]:
+        """Declare the tensors at all sites of a delta, in order."""
         for site in sites:
             check_rank(self, self.rank, site)
         starts = list(accumulate((self.rank * (site.d_in + site.d_out) for site in sites), initial=0))
