@@ -109,7 +109,8 @@ def _seed(seats: Sequence[Seat]) -> int:
             return seed
     raise DeltaTuneError(
         f"the groups of {seats[0].method} are not those that peft finds in this backbone when it loads a file, and its files "
-        "cannot name them; write dt.to_lora(model, weights), or merge it."
+        "cannot name them (where size is a module's whole width, rounding decides on them); write a smaller size, "
+        "dt.to_lora(model, weights), or merge it."
     )
 
 
