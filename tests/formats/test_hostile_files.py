@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 
 import deltatune as dt
 from deltatune import formats
-from tests.formats import folders
 from tests.formats.small import bert, llama, t5
 from tests.laws.cases import busy
 
@@ -35,13 +33,6 @@ def written(name: str, text: str, build: Callable[[], nn.Module]) -> Files:
     with tempfile.TemporaryDirectory() as folder:
         formats.write(name, build(), busy(dt.init(dt.parse(text), build()), size=0.2), folder)
         return contents(Path(folder))
-
-
-def saved(config: Any, build: Callable[[], nn.Module]) -> Files:
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        folders.saved(Path(folder), build, config)
-        return {name: data for name, data in contents(Path(folder)).items() if name != "README.md"}
 
 
 def contents(folder: Path) -> Files:
@@ -60,8 +51,6 @@ def ones(*shape: int) -> Tensor:
 
 def made() -> dict[str, tuple[Callable[[], nn.Module], Files]]:
     """Return a good folder of every format, and the model that it is for."""
-    from peft import FrodConfig, UniLoraConfig
-
     lora = {"lora_r": 2, "lora_alpha": 4, "delta_type": "lora", "non_linearity": "relu"}
     q, fc = "encoder.block.0.layer.0.SelfAttention.q", "encoder.block.1.layer.1.DenseReluDense.wo"
     down, up = f"{fc}.adapter.modulelist.down_proj", f"{fc}.adapter.modulelist.up_proj"
@@ -74,6 +63,8 @@ def made() -> dict[str, tuple[Callable[[], nn.Module], Files]]:
     }
     tune = {"layers.0.attn.q_proj.lora_a.weight": ones(2, 16), "layers.0.attn.q_proj.lora_b.weight": ones(16, 2)}
     lit = {"transformer.h.0.attn.qkv.lora_A": ones(4, 16), "transformer.h.0.attn.qkv.lora_B": ones(24, 2)}
+    seeded = {"peft_type": "UNILORA", "r": 2, "theta_d_length": 20, "target_modules": ["q_proj"]}
+    theta = {"base_model.unilora_theta_d": ones(20)}
     yaml = b"lora_r: 2\nlora_alpha: 4\nlora_query: true\nlora_key: false\nlora_value: true\n"
     return {
         "deltatune": (llama, written("deltatune", 'LoRA(rank=2) + VeRA(rank=3).at("attn.o")', llama)),
@@ -81,9 +72,12 @@ def made() -> dict[str, tuple[Callable[[], nn.Module], Files]]:
         "peft-vera": (llama, written("peft", 'VeRA(rank=2).at("attn.q")', llama)),
         "peft-oft": (llama, written("peft", 'OFT(block=4).at("attn.q")', llama)),
         "peft-adamss": (llama, written("peft", 'AdaMSS(size=5, groups=2).at("attn.q")', llama)),
-        "peft-frod": (llama, saved(FrodConfig(progressbar=False, target_modules=["q_proj"]), llama)),
+        "peft-frod": (llama, written("peft", 'FRoD().at("attn.q")', llama)),
         "peft-unilora": (llama, written("peft", "UniLoRA(rank=2, size=20)", llama)),
-        "peft-unilora-seed": (llama, saved(UniLoraConfig(r=2, theta_d_length=20, target_modules=["q_proj"]), llama)),
+        "peft-unilora-seed": (
+            llama,
+            {"adapter_config.json": json.dumps(seeded).encode(), "adapter_model.safetensors": save(theta)},
+        ),
         "peft-prefix": (llama, written("peft", "PrefixTuning(length=2)", llama)),
         "adapterhub-mam": (bert, contents(DATA / "bert-mam")),
         "adapterhub-reft": (bert, contents(DATA / "bert-reft")),

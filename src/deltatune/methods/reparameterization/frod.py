@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from deltatune.core.leaf import Given, Init, Leaf, Ones, Shape
-from deltatune.core.method import Bag, Base, OnLinear, Own
+from deltatune.core.method import Base, OnLinear, Own
 from deltatune.core.site import Site
 from deltatune.errors import DeltaTuneError
 from deltatune.methods._entries import scatter
@@ -85,13 +85,15 @@ class FRoD(OnLinear):
         places = Leaf((count,), OffDiagonal(d), scope="delta", trained=False)
         return {**stored, f"j_{d}": places, "l": Leaf((d,), Ones()), "S": Leaf((count,))}
 
-    def unfold(self, p: Any) -> Any:
-        V, d = find(p, "V"), len(p.l)
-        turn = torch.diag(p.l - 1) + scatter(p.S, find(p, "j"), d, d)
-        return Bag({"V": V, "R": find(p, "R"), "turn": turn})
-
     def weight(self, p: Any, W: Tensor) -> Tensor:
-        return W + (W.to(p.V.dtype) @ p.R @ p.turn @ p.V.mT).to(W.dtype)
+        V, R = find(p, "V"), find(p, "R")
+        return W + (W.to(V.dtype) @ R @ _turn(p) @ V.mT).to(W.dtype)
 
     def output(self, p: Any, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        return y + F.linear(x.to(y.dtype) @ p.V @ p.turn.mT @ p.R.mT, base.weight.to(y.dtype))
+        V, R = find(p, "V"), find(p, "R")
+        return y + F.linear(x.to(y.dtype) @ V @ _turn(p).mT @ R.mT, base.weight.to(y.dtype))
+
+
+def _turn(p: Any) -> Tensor:
+    """Return diag(l - 1) + S, [d_in, d_in]."""
+    return torch.diag(p.l - 1) + scatter(p.S, find(p, "j"), len(p.l), len(p.l))
