@@ -52,24 +52,18 @@ class FRoDForm(Form):
         found = {}
         for path, own in held.items():
             basis = _basis(config, shared, _role(path))
-            same = [i for i, b in enumerate(bases) if all(torch.equal(b[n], basis[n]) for n in (BASIS, PLACES))]
+            same = [known for known in bases if all(torch.equal(known[name], basis[name]) for name in basis)]
             if not same:
-                bases.append(basis)
-            found[path] = own | basis | {"group": torch.tensor(same[0] if same else len(bases) - 1)}
+                bases.append(basis | {"R": _inverse(config, basis[BASIS]), "group": torch.tensor(len(bases))})
+            found[path] = own | (same or bases[-1:])[0]
         return found
 
     def read_at(self, config: Config, site: Site, held: Tensors, own: Tensors) -> list[Part]:
-        V, (rows, columns), d = held[BASIS], held[PLACES], site.d_in
+        V, R, (rows, columns), d = held[BASIS], held["R"], held[PLACES], site.d_in
         agree(config, "the width of its basis", site.path, len(V), d)
         if not 0 <= held[PLACES].min() <= held[PLACES].max() < d:
             raise DeltaTuneError(f"{PLACES} of {site.path!r} has places outside a matrix of {d} x {d}.")
-        R = inverse(V)
-        if R is None:
-            raise DeltaTuneError(
-                f"the basis of {site.path!r} has no inverse in single precision, so it does not tell what peft's U is there."
-            )
-        W = weight_of(site, own)
-        L, faint = _lengths(W, R), _faint(W, R)
+        L, faint = _lengths(weight_of(site, own), R)
         diagonal, entries = held["frod_lambda_l"], held["frod_lambda_s_values"]
         if any((found.abs() > 1e-4 * L.max()).any() for found in (diagonal[faint], entries[faint[rows]])):
             raise DeltaTuneError(
@@ -88,7 +82,7 @@ class FRoDForm(Form):
 
     def write(self, seat: Seat) -> Tensors:
         _, R, places = _fixed(seat)
-        L = _lengths(seat.W, R)
+        L, _ = _lengths(seat.W, R)
         return {"frod_lambda_l": seat.leaves["l"] * L, "frod_lambda_s_values": seat.leaves["S"] * L[places[0]]}
 
     def share(self, seats: Sequence[Seat]) -> Tensors:
@@ -130,15 +124,20 @@ def _fixed(seat: Seat) -> tuple[Tensor, Tensor, Tensor]:
     return V, find(p, "R"), torch.stack([places // d, places % d])
 
 
-def _lengths(W: Tensor, R: Tensor) -> Tensor:
-    """Return L_0, the lengths of the columns of W R."""
-    return (W.double() @ R.double()).norm(dim=0).float()
+def _inverse(config: Config, V: Tensor) -> Tensor:
+    R = inverse(V)
+    if R is None:
+        raise DeltaTuneError(
+            f"a basis in the file beside {config.source} has no inverse in single precision, so it does not tell peft's U."
+        )
+    return R
 
 
-def _faint(W: Tensor, R: Tensor) -> Tensor:
-    """Return which columns of W R are lost in single precision."""
+def _lengths(W: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+    """Return L_0, the lengths of the columns of W R, and which of them are lost in single precision."""
     exact = W.double() @ R.double()
-    return (W @ R - exact).norm(dim=0) >= 1e-3 * exact.norm(dim=0)
+    L = exact.norm(dim=0)
+    return L.float(), (W @ R - exact).norm(dim=0) >= 1e-3 * L
 
 
 def _role(path: str) -> str:
