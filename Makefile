@@ -1,9 +1,9 @@
-# Every target sets up .venv first when it is not there, and `test` .venv-adapters, where the library `adapters` has the older
-# transformers that it needs. Python 3.11 or newer is needed, nothing else.
+# Every target sets up .venv first when it is not there, and `test` .venv-others, where the libraries whose files are checked have
+# the older transformers that they need. Python 3.11 or newer is needed, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-ADAPTERS := .venv-adapters/.ready
+OTHERS := .venv-others/.ready
 STUDY := studies/quick.toml
 OUT := studies/out/quick
 ARGS ?=
@@ -19,7 +19,7 @@ study: $(READY) ## compare delta methods on the built-in backbone and write the 
 	$(BIN)/deltatune study run $(STUDY) --out $(OUT)
 	$(BIN)/deltatune study report $(OUT)
 
-test: $(READY) $(ADAPTERS) ## run the tests; ARGS="-k lora" narrows them
+test: $(READY) $(OTHERS) ## run the tests; ARGS="-k lora" narrows them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(READY) ## check style, formatting and types
@@ -35,10 +35,10 @@ RESOLVE := $(BIN)/uv pip compile --constraints requirements-torch.txt --no-emit-
 
 lock: $(READY) ## resolve both locks anew; ARGS="--upgrade" takes newer versions
 	$(RESOLVE) pyproject.toml --extra dev --output-file requirements.lock $(ARGS)
-	$(RESOLVE) requirements-adapters.in --output-file requirements-adapters.lock $(ARGS)
+	$(RESOLVE) requirements-others.in --output-file requirements-others.lock $(ARGS)
 
 clean: ## remove both environments and caches; the results in studies/out stay
-	rm -rf .venv .venv-adapters build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-others build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A lock pins everything but torch, whose build (CPU, CUDA) is the machine's own choice: pip takes the one it is set up for.
@@ -48,7 +48,7 @@ define environment
 @echo "Setting up $(1) (once, a few minutes)"
 @$(PYTHON) -m venv $(1)
 @$(1)/bin/python -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps -r $(2)
-@$(1)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements-torch.txt
+@$(1)/bin/python -m pip --disable-pip-version-check install --quiet --no-warn-conflicts -r requirements-torch.txt
 endef
 
 $(READY): requirements.lock requirements-torch.txt pyproject.toml
@@ -56,6 +56,6 @@ $(READY): requirements.lock requirements-torch.txt pyproject.toml
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(ADAPTERS): requirements-adapters.lock requirements-torch.txt
-	$(call environment,.venv-adapters,requirements-adapters.lock)
+$(OTHERS): requirements-others.lock requirements-torch.txt
+	$(call environment,.venv-others,requirements-others.lock)
 	@touch $@

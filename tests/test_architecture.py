@@ -242,7 +242,7 @@ def test_no_file_names_a_machine() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("file", ["requirements.lock", "requirements-adapters.lock"])
+@pytest.mark.parametrize("file", ["requirements.lock", "requirements-others.lock"])
 def test_a_lock_leaves_the_torch_build_to_the_machine(file: str) -> None:
     lock = (ROOT / file).read_text(encoding="utf-8")
     pinned = re.findall(r"^([a-z0-9-]+)==", lock, re.MULTILINE)

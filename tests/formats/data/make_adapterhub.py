@@ -1,6 +1,6 @@
 """Make the folders of `adapterhub/` with the library itself: adapters 1.3.0, transformers 4.57.6, torch 2.13.0.
 
-Run from the root of the repository: `PYTHONPATH=. .venv-adapters/bin/python tests/formats/data/make_adapterhub.py`.
+Run from the root of the repository: `PYTHONPATH=. .venv-others/bin/python tests/formats/data/make_adapterhub.py`.
 Each folder holds what `save_adapter` writes, as safetensors, and `scores.safetensors`, what the library's model computes; its
 name begins with the backbone's in `small.py`.
 """
@@ -57,8 +57,8 @@ CASES: dict[str, Any] = {
 
 
 @torch.no_grad()
-def make(model: Any, given: dict[str, Tensor], config: Any, folder: Path) -> None:
-    """Add an adapter to a model, move it away from its start, and write its folder with the scores of a batch."""
+def make(model: Any, given: dict[str, Tensor], config: Any, folder: Path) -> Tensor:
+    """Add an adapter to a model, move it away from its start, write its folder with the scores of a batch, and return these."""
     adapters.init(model)
     torch.manual_seed(0)  # from which the library draws the start
     model.add_adapter("foo", config=config)
@@ -78,6 +78,7 @@ def make(model: Any, given: dict[str, Tensor], config: Any, folder: Path) -> Non
     folder.parent.mkdir(exist_ok=True)
     save(model, folder)
     save_file({"scores": found.contiguous()}, folder / "scores.safetensors")
+    return found
 
 
 def save(model: Any, folder: Path) -> None:
