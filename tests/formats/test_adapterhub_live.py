@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 from torch import Tensor, nn
 
 import deltatune as dt

@@ -65,16 +65,23 @@ def adapter(where: str) -> tuple[dict[str, Tensor], dict[str, Any], Callable[[nn
 def parallel() -> tuple[dict[str, Tensor], dict[str, Any], Callable[[nn.Module], None]]:
     D, d, U, u = noise(3, 16), noise(3), noise(16, 3), noise(16)
     names = ("down_proj.weight", "down_proj.bias", "up_proj.weight", "up_proj.bias")
-    keys = {
-        f"{FF}.{end}.parallel_adapter.modulelist.{n}": t
-        for end in ("wi", "wo")
-        for n, t in zip(names, (D, d, U, u), strict=True)
-    }
+    keys = {f"{FF}.wi.parallel_adapter.modulelist.{n}": t for n, t in zip(names, (D, d, U, u), strict=True)}
 
     def put(model: nn.Module) -> None:
         model.get_submodule(FF).register_forward_hook(lambda m, args, y: y + torch.relu(args[0] @ D.T + d) @ U.T + u)
 
-    return keys, {"non_linearity": "relu"}, put
+    return keys, {"non_linearity": "relu", "modified_modules": ["wi", "wo"], "scaled": None}, put
+
+
+def around() -> tuple[dict[str, Tensor], dict[str, Any], Callable[[nn.Module], None]]:
+    keys, _, _ = parallel()
+    own = {name.replace(f"{FF}.wi", Q): tensor for name, tensor in keys.items()}
+    D, d, U, u = own.values()
+
+    def put(model: nn.Module) -> None:
+        model.get_submodule(Q).register_forward_hook(lambda m, args, y: y + torch.tanh(args[0] @ D.T + d) @ U.T + u)
+
+    return own, {"non_linearity": "tanh", "modified_modules": ["q", "q"]}, put
 
 
 def compacter() -> tuple[dict[str, Tensor], dict[str, Any], Callable[[nn.Module], None]]:
@@ -89,7 +96,7 @@ def compacter() -> tuple[dict[str, Tensor], dict[str, Any], Callable[[nn.Module]
 
 
 def low_rank(act: str) -> tuple[dict[str, Tensor], dict[str, Any], Callable[[nn.Module], None]]:
-    L1, R1, b1, L2, R2, b2 = noise(16, 2), noise(2, 4), noise(4), noise(4, 2), noise(2, 16), noise(16)
+    L1, R1, b1, L2, R2, b2 = noise(16, 1), noise(1, 4), noise(4), noise(4, 1), noise(1, 16), noise(16)
     held = {"down_sampler": (L1, R1, b1), "up_sampler": (L2, R2, b2)}
     keys = {
         f"{FF}.wo.low_rank_adapter.{side}.{name}": t
@@ -105,8 +112,9 @@ CASES = {
     "adapter": (lambda: adapter(f"{FF}.wo"), {'Adapter(size=3, activation="gelu_tanh")'}),
     "adapter-of-a-sublayer": (lambda: adapter(BLOCK), {'Adapter(size=3, activation="gelu_tanh").at("encoder.ffn[0]")'}),
     "parallel": (parallel, {"ParallelAdapter(size=3, scale=1.0)"}),
+    "around": (around, {'ParallelAdapter(size=3, scale=1.0, activation="tanh")'}),
     "compacter": (compacter, {'Adapter(size=4, activation="relu")'}),
-    "low-rank": (lambda: low_rank("gelu_new"), {"LowRankAdapter(size=4, rank=2)"}),
+    "low-rank": (lambda: low_rank("gelu_new"), {"LowRankAdapter(size=4)"}),
     "low-rank-relu": (lambda: low_rank("relu"), {'Adapter(size=4, activation="relu")'}),
 }
 
@@ -164,9 +172,18 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "rank": ({f"{Q}.lora.lora_A": noise(2, 16)}, {}, "lora_r=8 .* has the rank 2"),
     "activation": (adapter(BLOCK)[0], {"non_linearity": "mish"}, "the activation 'mish'"),
     "beside": (
-        {n.replace("DenseReluDense.wi", "layer_norm"): t for n, t in parallel()[0].items() if ".wi." in n},
+        {n.replace("DenseReluDense.wi", "layer_norm"): t for n, t in parallel()[0].items()},
+        {"modified_modules": ["layer_norm", "wo"]},
+        "from .*layer_norm' to 'wo', which are the ends of no sub-layer",
+    ),
+    "low-rank": (
+        {
+            f"{Q}.low_rank_adapter.{side}_sampler.W_{end}": noise(2, 2)
+            for side in ("down", "up")
+            for end in ("left", "right")
+        },
         {},
-        "the first layer of no feed-forward",
+        "of rank 2; OpenDelta computes rank 1 alone",
     ),
     "nothing": ({}, {}, "holds no tensors"),
 }

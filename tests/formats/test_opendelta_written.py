@@ -16,7 +16,7 @@ T5, BERT = "encoder.block.0.layer.0.SelfAttention.", "bert.encoder.layer.0.atten
 FF = "encoder.block.0.layer.1.DenseReluDense."
 DOWN, UP = {"down_proj.weight": (3, 16), "down_proj.bias": (3,)}, {"up_proj.weight": (16, 3), "up_proj.bias": (16,)}
 BOTTLENECK = {f"modulelist.{name}": shape for name, shape in {**DOWN, **UP}.items()}
-LOW = {"W_left": (16, 2), "W_right": (2, 4), "b": (4,)}, {"W_left": (4, 2), "W_right": (2, 16), "b": (16,)}
+LOW = {"W_left": (16, 1), "W_right": (1, 4), "b": (4,)}, {"W_left": (4, 1), "W_right": (1, 16), "b": (16,)}
 PHM = (
     {"phm_rule": (2, 2, 2), "W_left": (2, 8, 1), "W_right": (2, 1, 2), "b": (4,)},
     {"phm_rule": (2, 2, 2), "W_left": (2, 2, 1), "W_right": (2, 1, 8), "b": (16,)},
@@ -43,12 +43,12 @@ CASES = {
     "parallel_adapter": (
         "t5",
         "ParallelAdapter(size=3, scale=2.0)",
-        under(f"{FF}wi.parallel_adapter", BOTTLENECK) | under(f"{FF}wo.parallel_adapter", BOTTLENECK),
+        under(f"{FF[:-1]}.parallel_adapter", BOTTLENECK),
     ),
     "parallel_adapter-scale": (
         "t5",
         "ParallelAdapter(size=3, scale=Ones())",
-        under(f"{FF}wi.parallel_adapter", BOTTLENECK),
+        under(f"{FF[:-1]}.parallel_adapter", BOTTLENECK),
     ),
     "parallel_adapter-bert": (
         "bert",
@@ -58,13 +58,12 @@ CASES = {
     "compacter": ("t5", "Compacter(size=4, n=2)", samplers(f"{T5}o.compactor", PHM)),
     "low_rank_adapter": (
         "bert",
-        "LowRankAdapter(size=4, rank=2)",
+        "LowRankAdapter(size=4, rank=1)",
         samplers(f"{BERT}output.dense.low_rank_adapter", LOW),
     ),
     "bitfit": ("bert", "BitFit()", {f"{BERT}self.query.bias": (16,), f"{BERT}output.LayerNorm.bias": (16,)}),
-    "bitfit-added": ("t5", "BitFit()", {f"{T5}q.bitfit.bias": (16,)}),
     "soft_prompt": ("t5", "PromptTuning(length=3)", {"encoder.soft_prompt_layer.soft_embeds": (3, 16)}),
-    "soft_prompt-llama": ("llama", "PromptTuning(length=3)", {"model.soft_prompt_layer.soft_embeds": (3, 16)}),
+    "soft_prompt-llama": ("llama", "PromptTuning(length=3)", {"soft_prompt_layer.soft_embeds": (3, 16)}),
 }
 FIELDS = {
     "delta_type", "modified_modules", "exclude_modules", "common_structure", "backbone_class", "backbone_checkpoint_name",
@@ -104,11 +103,13 @@ REFUSED = {
     "fixed": ("t5", "LoRA(rank=2, init=PiSSA())", "fixed leaves beside it"),
     "part": ("gpt2", "BitFit().at('attn.q')", "whole modules"),
     "transposed": ("gpt2", "LoRA(rank=2).at('attn.o')", r"stored \[out, in\]"),
-    "activation": ("t5", 'Adapter(size=3, activation="leaky_relu")', "no activation for"),
+    "activation": ("t5", 'Adapter(size=3, activation="identity")', "no activation for"),
     "side": ("t5", 'Adapter(size=3).at("ffn:in")', "what whole modules return"),
     "end": ("bert", 'Adapter(size=3).at("ffn:out")', "what whole modules return"),
-    "size": ("t5", "LowRankAdapter(size=7, rank=2)", "by a whole number"),
-    "branch": ("t5", 'ParallelAdapter(size=3).at("attn")', "the first to the last layer of a feed-forward"),
+    "size": ("t5", "LowRankAdapter(size=7)", "by a whole number"),
+    "rank": ("t5", "LowRankAdapter(size=4, rank=2)", "of rank 1 alone"),
+    "head": ("t5", 'LoRA(rank=2).at("head")', "leaves out 'lm_head'"),
+    "added": ("t5", "BitFit()", "is lost when OpenDelta loads it"),
     "prompt": ("bert", "PromptTuning(length=3)", "moves the positions of the text"),
 }
 

@@ -4,9 +4,9 @@ What reader and writer (`opendelta_write`) both know of them is here.
 
 X.lora.lora_A, lora_B                                   `LoRA` at X (a second one: X.lora_1)
 X.adapter.modulelist.down_proj, up_proj                 `Adapter` behind X
-X.parallel_adapter.modulelist...                        `ParallelAdapter` beside a feed-forward, from X on
+X.parallel_adapter.modulelist...                        `ParallelAdapter` from what goes into X to what X, or its pair, returns
 X.compactor.down_sampler.phm_rule, W_left, W_right, b   `Adapter` behind X, multiplied out: each matrix has a rule of its own
-X.low_rank_adapter.down_sampler.W_left, W_right, b      `LowRankAdapter` behind X
+X.low_rank_adapter.down_sampler.W_left, W_right, b      `LowRankAdapter` behind X, of rank one: OpenDelta fails for others
 X.bias, X.bitfit.bias                                   `BitFit` at X, of the difference to the model's own bias
 encoder.soft_prompt_layer.soft_embeds                   `PromptTuning`, where a prompt does not move the text
 """
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.core.site import Anatomy, anatomy
+from deltatune.core.site import Anatomy, Place, anatomy
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
 from deltatune.files import read_json
@@ -43,7 +43,10 @@ NAMED = re.compile(
     r"(?:(?P<path>.+?)\.)?(?P<kind>lora|adapter|parallel_adapter|compactor|low_rank_adapter|bitfit|reparams|soft_prompt_layer)"
     r"(?:_(?P<again>\d+))?\.(?P<rest>.+)"
 )
-ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "silu": "silu", "tanh": "tanh"}
+ACTIVATIONS = {  # of several names for one, the first is written: with a new transformers, OpenDelta fails for "gelu" and "silu"
+    "relu": "relu", "gelu_orig": "gelu", "gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "silu": "silu",
+    "tanh": "tanh", "leakyrelu": "leaky_relu",
+}  # fmt: skip
 FACTORS = {"A": "lora_A", "B": "lora_B"}
 BOTTLENECK = {
     "D": "modulelist.down_proj.weight", "d": "modulelist.down_proj.bias",
@@ -129,18 +132,38 @@ def _adapter(model: nn.Module, parts: Anatomy, config: Config, path: str, held: 
 
 
 def _parallel(model: nn.Module, parts: Anatomy, config: Config, path: str, held: Tensors) -> list[Part]:
-    leaves, path = _bottleneck(held), resolve(model, path)
-    if any(place.path == path and place.role == "ffn.down" for place in parts.places):
-        return []  # the same adapter, where its output is added
-    up = next((place for place in parts.places if place.path == path and place.role == "ffn.up"), None)
-    ffn = [p for p in parts.places if up and (p.role, p.stack, p.layer) == ("ffn", up.stack, up.layer)]
-    if not ffn:
-        raise DeltaTuneError(
-            f"the file has a parallel adapter from {path!r} on, which is the first layer of no feed-forward; deltatune has one "
-            "beside whole sub-layers whose inputs it sees."
-        )
-    method = ParallelAdapter(len(leaves["d"]), float(config.get("scaled", 1.0)), _activation(config))
-    return [Part(ffn[0].path, method, leaves, role="ffn")]
+    """Return an adapter from one module to another; the config's `scaled` is left aside, as OpenDelta leaves it."""
+    leaves, path, end = _bottleneck(held), resolve(model, path), _end(config, path)
+    method = ParallelAdapter(len(leaves["d"]), 1.0, _activation(config))
+    for place in parts.places:
+        firsts, lasts = _ends(parts, place)
+        if path in firsts and (end is None or any(_named(last, end) for last in lasts)):
+            return [Part(place.path, method, leaves, role=place.role)]
+    if end is None or _named(path, end):
+        return _behind(model, parts, path, method, leaves)
+    raise DeltaTuneError(
+        f"the file has a parallel adapter from {path!r} to {end!r}, which are the ends of no sub-layer; deltatune has one beside "
+        "whole sub-layers, or around a module."
+    )
+
+
+def _end(config: Config, path: str) -> str | None:
+    """Return the second of the pair of modules whose first is at a path; none where the config has no names of modules."""
+    names = [str(name) for name in config.get("modified_modules") or ()]
+    return next((end for first, end in zip(names[::2], names[1::2], strict=False) if _named(path, first)), None)
+
+
+def _named(path: str, name: str) -> bool:
+    return f".{path}".endswith(f".{name}")
+
+
+def _ends(parts: Anatomy, place: Place) -> tuple[set[str], set[str]]:
+    """Return the modules that see what goes into a sub-layer, and those that return what comes out of it."""
+    if place.role not in ("attn", "cross", "ffn"):
+        return set(), set()
+    own = [p for p in parts.places if (p.stack, p.layer) == (place.stack, place.layer)] if place.role == "ffn" else []
+    firsts = {p.path for p in own if p.role in ("ffn.gate", "ffn.up")}
+    return {place.path, *firsts}, {place.exit or place.path, *(p.path for p in own if p.role == "ffn.down")}
 
 
 def _compacter(model: nn.Module, parts: Anatomy, config: Config, path: str, held: Tensors) -> list[Part]:
@@ -150,11 +173,14 @@ def _compacter(model: nn.Module, parts: Anatomy, config: Config, path: str, held
 
 
 def _product(held: Tensors, side: str) -> Tensor:
-    rule = held[f"{side}.phm_rule"]
-    W = held[f"{side}.W_left"] @ held[f"{side}.W_right"] if f"{side}.W_left" in held else held[f"{side}.W"]
+    rule, W = _factored(held, f"{side}.phm_rule"), _factored(held, f"{side}.W")
     if rule.dim() != 3 or W.dim() != 3 or len(rule) != len(W):
         raise DeltaTuneError(f"{side} has a rule {tuple(rule.shape)} and matrices {tuple(W.shape)}, which do not fit.")
     return torch.stack([torch.kron(a, b) for a, b in zip(rule.unbind(), W.unbind(), strict=True)]).sum(0)
+
+
+def _factored(held: Tensors, name: str) -> Tensor:
+    return held[f"{name}_left"] @ held[f"{name}_right"] if f"{name}_left" in held else held[name]
 
 
 def _shift(held: Tensors, side: str, width: int) -> Tensor:
@@ -163,12 +189,16 @@ def _shift(held: Tensors, side: str, width: int) -> Tensor:
 
 def _low_rank(model: nn.Module, parts: Anatomy, config: Config, path: str, held: Tensors) -> list[Part]:
     down, up = ([held[f"{side}.W_{end}"].mT for end in ("left", "right")] for side in SAMPLERS.values())
+    if len(down[0]) != 1:
+        raise DeltaTuneError(
+            f"the file has a low_rank_adapter of rank {len(down[0])}; OpenDelta computes rank 1 alone."
+        )
     d, u = _shift(held, "down_sampler", len(down[1])), _shift(held, "up_sampler", len(up[1]))
     if _activation(config) != "gelu_tanh":
         leaves = {"D": down[1] @ down[0], "d": d, "U": up[1] @ up[0], "u": u}
         return _behind(model, parts, path, Adapter(len(d), _activation(config)), leaves)
     leaves = {"D1": down[1], "D2": down[0], "U1": up[1], "U2": up[0], "d": d, "u": u}
-    return _behind(model, parts, path, LowRankAdapter(len(d), len(down[0])), leaves)
+    return _behind(model, parts, path, LowRankAdapter(len(d), 1), leaves)
 
 
 def _added(model: nn.Module, parts: Anatomy, config: Config, path: str, held: Tensors) -> list[Part]:

@@ -24,7 +24,8 @@ from deltatune.methods.addition.prompt_tuning import PromptTuning
 from deltatune.methods.reparameterization.lora import LoRA
 from deltatune.methods.specification.bitfit import BitFit
 
-VERSION = "0.3.2"  # whose layout this is
+VERSION = "0.3.0"  # what 0.3.2, whose layout this is, calls itself
+EXCLUDED = "lm_head"  # by its LoRA, whatever the config says
 Found = tuple[dict[str, Any], Tensors]  # the fields of the type, and a seat's tensors by their whole names
 Writer = Callable[[nn.Module, Anatomy, Seat], Found]
 
@@ -51,7 +52,7 @@ def write_opendelta(model: nn.Module, weights: Weights, folder: Path | str) -> N
     settings = vars(vars(model)["config"]) if "config" in vars(model) else {}
     config = {
         "delta_type": kind,
-        "modified_modules": sorted({seat.site.path for seat in seats}),
+        "modified_modules": [path for seat in seats for path in _ends(seat)],
         "exclude_modules": [],
         "common_structure": False,
         "backbone_class": weights.backbone.family,
@@ -75,10 +76,16 @@ def _type_of(seats: list[Seat]) -> tuple[str, Writer]:
     )
 
 
+def _ends(seat: Seat) -> list[str]:
+    """Return the modules that a seat changes; of a parallel adapter, which OpenDelta has from one to another, both."""
+    path = seat.site.path
+    return [path, seat.site.exit or path] if isinstance(seat.method, ParallelAdapter) else [path]
+
+
 def _check(seat: Seat) -> None:
     """Raise `DeltaTuneError` for a seat that is not the output of one whole module, or that has leaves which are not trained."""
     site = seat.site
-    open_ended = site.exit and not isinstance(seat.method, ParallelAdapter)  # which it writes by its two ends
+    open_ended = site.exit and not isinstance(seat.method, ParallelAdapter)
     if site.part is not None or open_ended or site.side != "out" or site.ties or not site.path:
         raise DeltaTuneError(
             f"OpenDelta changes what whole modules return; this delta has {seat.method} at {site.address!r}."
@@ -118,6 +125,8 @@ def _lora(model: nn.Module, parts: Anatomy, seat: Seat) -> Found:
             f"OpenDelta has LoRA of two factors at linear layers stored [out, in]; this delta has {seat.method} at "
             f"{seat.site.address!r}."
         )
+    if seat.site.path.startswith(EXCLUDED):
+        raise DeltaTuneError(f"OpenDelta leaves out {EXCLUDED!r}, where this delta has {seat.method}.")
     held = {name: seat.unfolded[leaf] for leaf, name in FACTORS.items()}
     fields = {"lora_r": seat.method.rank, "lora_alpha": seat.method.alpha, "lora_dropout": 0.0}
     return fields, _under(seat.site.path, "lora", held)
@@ -129,22 +138,11 @@ def _adapter(model: nn.Module, parts: Anatomy, seat: Seat) -> Found:
 
 
 def _parallel(model: nn.Module, parts: Anatomy, seat: Seat) -> Found:
-    """Return the adapter at both ends of its feed-forward, as OpenDelta keeps it; a trained scale goes into U and u."""
-    site, method = seat.site, seat.method
-    ends = [
-        p for p in parts.places if p.role in ("ffn.up", "ffn.down") and (p.stack, p.layer) == (site.stack, site.layer)
-    ]
-    if site.role != "ffn" or [p.role for p in ends] != ["ffn.up", "ffn.down"] or any(p.part for p in ends):
-        raise DeltaTuneError(
-            f"OpenDelta's parallel adapter goes from the first to the last layer of a feed-forward; {method} at {site.address!r} "
-            "does not."
-        )
-    trained = "scale" in seat.leaves
-    by = seat.leaves["scale"] if trained else 1
+    """Return the adapter with its scale in U and u: OpenDelta's config has one, and its model does not take it."""
+    by = seat.leaves.get("scale", seat.method.scale)
     held = {name: seat.leaves[leaf] * (by if leaf in "Uu" else 1) for leaf, name in BOTTLENECK.items()}
-    fields = {"bottleneck_dim": method.size, "non_linearity": _activation(seat, method.activation)}
-    tensors = {k: t for place in ends for k, t in _under(place.path, "parallel_adapter", held).items()}
-    return fields | {"scaled": 1.0 if trained else float(method.scale)}, tensors
+    fields = {"bottleneck_dim": seat.method.size, "non_linearity": _activation(seat, seat.method.activation)}
+    return fields, _under(seat.site.path, "parallel_adapter", held)
 
 
 def _compacter(model: nn.Module, parts: Anatomy, seat: Seat) -> Found:
@@ -158,6 +156,8 @@ def _compacter(model: nn.Module, parts: Anatomy, seat: Seat) -> Found:
 
 
 def _low_rank(model: nn.Module, parts: Anatomy, seat: Seat) -> Found:
+    if seat.method.rank != 1:
+        raise DeltaTuneError(f"OpenDelta computes a low_rank_adapter of rank 1 alone; this delta has {seat.method}.")
     held = {}
     for leaf, side in SAMPLERS.items():
         own = {
@@ -171,10 +171,12 @@ def _low_rank(model: nn.Module, parts: Anatomy, seat: Seat) -> Found:
 
 
 def _bitfit(model: nn.Module, parts: Anatomy, seat: Seat) -> Found:
-    b, path = seat.leaves["b"], seat.site.path
-    if "bias" in seat.own:
-        return {}, {f"{path}.bias": seat.own["bias"].detach().float().cpu() + b}
-    return {}, _under(path, "bitfit", {"bias": b})
+    if "bias" not in seat.own:
+        raise DeltaTuneError(
+            f"{seat.site.path!r} has no bias of its own, and one that BitFit() adds is lost when OpenDelta loads it: it makes "
+            "room for it too late."
+        )
+    return {}, {f"{seat.site.path}.bias": seat.own["bias"].detach().float().cpu() + seat.leaves["b"]}
 
 
 def _prompt(model: nn.Module, parts: Anatomy, seat: Seat) -> Found:
@@ -183,8 +185,8 @@ def _prompt(model: nn.Module, parts: Anatomy, seat: Seat) -> Found:
         raise DeltaTuneError(
             f"OpenDelta has a prompt at {stack.embed!r} alone; this delta has one at {seat.site.address!r}."
         )
-    root = stack.path.rpartition(".")[0]
-    return {"soft_token_num": seat.method.length}, {f"{root}.{PROMPT}": seat.leaves["P"]}
+    at = f"{stack.path.rpartition('.')[0]}." if len(parts.stacks) > 1 else ""  # the encoder, or the whole model
+    return {"soft_token_num": seat.method.length}, {f"{at}{PROMPT}": seat.leaves["P"]}
 
 
 WRITERS: dict[type, tuple[str, Writer]] = {
