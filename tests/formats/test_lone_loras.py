@@ -88,6 +88,22 @@ def test_torchtune_s_magnitudes_are_those_of_dora(tmp_path):
         torch.testing.assert_close(scores(model), scores(reference), **TOLERANCE)
 
 
+def test_what_torchtune_computes_otherwise_is_refused(tmp_path):
+    rows = {"lora_a.weight": noise(2, 32), "lora_b.weight": noise(16, 2), "magnitude": noise(16)}
+    torch.save({f"layers.0.attn.v_proj.{name}": tensor for name, tensor in rows.items()}, tmp_path / "adapter_model.pt")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2}))
+    with pytest.raises(dt.DeltaTuneError, match="DoRA rescales the bias of a layer"):
+        formats.read(tiny.qwen2(), tmp_path)
+
+
+def test_what_torchtune_exports_for_peft_is_read_where_its_own_file_cannot_be(tmp_path):
+    model = tiny.gemma()
+    weights = dt.init(dt.LoRA(rank=2), model)
+    formats.write_peft(model, weights, tmp_path)
+    torch.save({}, tmp_path / "adapter_model.pt")
+    assert formats.read(model, tmp_path).count == weights.count
+
+
 @torch.no_grad()
 def test_litgpt_s_packed_factors_become_one_lora_for_each_role(tmp_path):
     A, B, C, D = noise(4, 16), noise(24, 2), noise(2, 16), noise(24, 2, seed=1)

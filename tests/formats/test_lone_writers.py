@@ -134,6 +134,7 @@ REFUSED: dict[str, tuple[str, Callable[[], nn.Module], Any, str]] = {
     "twice": ("loralib", bert, dt.LoRA(2, 4).at("attn.q") + dt.LoRA(2, 4).at("attn.q"), "has one LoRA at a module"),
     "fixed": ("loralib", bert, dt.LoRA(2, 4, dt.PiSSA()).at("attn.q"), "the trained factors alone"),
     "family": ("torchtune", bert, dt.LoRA(2, 4), "written for llama, mistral, qwen2; this is bert"),
+    "bias": ("torchtune", tiny.qwen2, dt.DoRA(2, 4).at("attn.q"), "DoRA rescales the bias of a layer"),
     "stacks": ("litgpt", t5, dt.LoRA(2, 4), "models of one stack; t5 has 2"),
     "embedding": (
         "torchtune",

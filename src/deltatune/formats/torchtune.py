@@ -5,6 +5,8 @@
 
 torchtune turns neighbouring features of a head, and transformers features half a head apart; so rows of B (and of the
 magnitude) of queries and keys are sorted when read: feature 2 i + j of a head to i + j width / 2; and back when written.
+The `adapter_model.safetensors` beside it, for peft, is not so: torchtune 0.6.1 leaves magnitudes as they are, and sorts the
+rows of Qwen2 too, whose features stand as transformers has them.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from deltatune.formats.guard import reading
 from deltatune.formats.loras import by_role, loras_of, one
 from deltatune.formats.parts import Part, assemble
 from deltatune.formats.paths import place_of
+from deltatune.formats.peft import read_peft
 from deltatune.methods.reparameterization.dora import DoRA
 from deltatune.methods.reparameterization.lora import LoRA
 
 TENSORS, CONFIG = "adapter_model.pt", "adapter_config.json"
-EXPORTED = "adapter_model.safetensors"  # beside which the config is one of peft
+EXPORTED = "adapter_model.safetensors"
 ROLES = {
     "attn.q_proj": "attn.q", "attn.k_proj": "attn.k", "attn.v_proj": "attn.v", "attn.output_proj": "attn.o",
     "mlp.w1": "ffn.gate", "mlp.w2": "ffn.down", "mlp.w3": "ffn.up", "output": "head",
@@ -42,12 +45,17 @@ NAMED = re.compile(
 
 
 def is_torchtune(path: Path) -> bool:
-    """Whether a path is a folder of torchtune that peft cannot read as its own."""
-    return (path / TENSORS).is_file() and not (path / EXPORTED).is_file()
+    """Whether a path is a folder of torchtune."""
+    return (path / TENSORS).is_file()
 
 
 def read_torchtune(model: nn.Module, folder: Path | str, check: bool = True) -> Weights:
-    """Read a folder of torchtune as weights for `model`; raises `DeltaTuneError` for families whose heads are not known here."""
+    """Read a folder of torchtune as weights for `model`, where its heads are not known here what it exported for peft.
+
+    Raises `DeltaTuneError` for a family whose heads are not known when nothing is exported.
+    """
+    if (Path(folder) / EXPORTED).is_file() and anatomy(model).family not in (*TURNED, *SAME):
+        return read_peft(model, folder, check)
     with reading("torchtune", folder):
         return _read_weights(model, Path(folder))
 
@@ -71,7 +79,7 @@ def _read_weights(model: nn.Module, folder: Path) -> Weights:
             raise DeltaTuneError(f"{folder / TENSORS} holds {key!r}, which is no LoRA of torchtune that is known here.")
         layer = None if named["layer"] is None else int(named["layer"])
         modules.setdefault((ROLES[named["module"]], layer), {})[named["leaf"]] = tensor
-    read = [_part(parts, rank, float(alpha), role, layer, held) for (role, layer), held in modules.items()]
+    read = [_part(model, parts, rank, float(alpha), role, layer, held) for (role, layer), held in modules.items()]
     if not read:
         raise DeltaTuneError(f"{folder / TENSORS} holds no tensors.")
     return assemble(model, parts, read)
@@ -87,6 +95,8 @@ def write_torchtune(model: nn.Module, weights: Weights, folder: Path | str) -> N
         raise DeltaTuneError(f"{folder} holds an adapter of peft, whose {CONFIG} would be lost; choose another folder.")
     seats = loras_of(model, weights, "torchtune", (LoRA, DoRA))
     one("torchtune", "method", [type(seat.method).__name__ for seat in seats])
+    for seat in seats:
+        _check_bias(seat.site.path, isinstance(seat.method, DoRA) and seat.site.bias)
     rank = one("torchtune", "rank", [seat.method.rank for seat in seats])
     alpha = one("torchtune", "alpha", [seat.method.alpha for seat in seats])
     modules = {role: module for module, role in ROLES.items()}
@@ -110,7 +120,9 @@ def _anatomy(model: nn.Module, done: str) -> Anatomy:
     return parts
 
 
-def _part(parts: Anatomy, rank: int, alpha: float, role: str, layer: int | None, held: Tensors) -> Part:
+def _part(
+    model: nn.Module, parts: Anatomy, rank: int, alpha: float, role: str, layer: int | None, held: Tensors
+) -> Part:
     path = place_of(parts, role, layer).path
     leaves = {leaf: held[name] for leaf, name in LEAVES.items() if name in held}
     if not leaves.keys() >= {"A", "B"} or leaves["A"].shape[0] != rank:
@@ -118,7 +130,17 @@ def _part(parts: Anatomy, rank: int, alpha: float, role: str, layer: int | None,
     leaves["B"] = _sorted(parts, role, leaves["B"])
     if "m" not in leaves:
         return Part(path, LoRA(rank, alpha), leaves)
+    _check_bias(path, getattr(model.get_submodule(path), "bias", None) is not None)
     return Part(path, DoRA(rank, alpha), leaves | {"m": _sorted(parts, role, leaves["m"].flatten())})
+
+
+def _check_bias(path: str, bias: bool) -> None:
+    """Raise `DeltaTuneError` for a DoRA of a layer with a bias."""
+    if bias:
+        raise DeltaTuneError(
+            f"torchtune's DoRA rescales the bias of a layer, which deltatune's leaves alone; {path!r} has one, so that they are "
+            "different functions."
+        )
 
 
 def _sorted(parts: Anatomy, role: str, rows: Tensor, back: bool = False) -> Tensor:
