@@ -76,7 +76,7 @@ def _read_weights(model: nn.Module, path: Path) -> Weights:
 
 
 def write_litgpt(model: nn.Module, weights: Weights, folder: Path | str) -> None:
-    """Write a LoRA for `model` as a folder of litgpt, tensors and settings.
+    """Write a LoRA for `model` as a folder of litgpt, tensors and settings, for `litgpt merge_lora` with the backbone's folder.
 
     Raises `DeltaTuneError`, before anything is written, for other methods and places, and for several ranks or alphas.
     """
@@ -95,7 +95,8 @@ def write_litgpt(model: nn.Module, weights: Weights, folder: Path | str) -> None
     tensors = {f"{at}.lora_{leaf}": torch.cat([p[leaf] for p in held]) for at, held in packed.items() for leaf in "AB"}
     chosen = {role for role, _ in found}
     groups = {name: (role,) for role, name in SIDES.items()} | GROUPS
-    lines = [f"lora_r: {rank}", f"lora_alpha: {int(alpha) if alpha == int(alpha) else alpha}", "lora_dropout: 0.0"]
+    lines = ["checkpoint_dir: .", f"lora_r: {rank}"]  # litgpt looks for the first, and is told --pretrained_checkpoint_dir
+    lines += [f"lora_alpha: {int(alpha) if alpha == int(alpha) else alpha}", "lora_dropout: 0.0"]
     lines += [f"lora_{name}: {str(not chosen.isdisjoint(roles)).lower()}" for name, roles in groups.items()]
     data = pickle_bytes(tensors, folder, under="model")
     write_text(folder / SETTINGS, "\n".join(lines) + "\n")
