@@ -167,10 +167,16 @@ def test_loralib_s_plain_layers_are_read_from_safetensors_too(tmp_path):
         torch.testing.assert_close(scores(model), scores(reference), **TOLERANCE)
 
 
-def reft(tmp_path: Path, kind: str, files: dict[str, dict[str, Tensor]]) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps({"intervention_types": [f"<class 'pyreft.{kind}'>"]}))
-    for name, held in files.items():
-        torch.save(held, tmp_path / f"intkey_layer_{name}.bin")
+def reft(tmp_path: Path, kind: str, spots: list[tuple[int, str]], held: dict[str, Tensor]) -> Path:
+    """Write a folder as pyreft does, one intervention in a layer and at a component for each of some spots."""
+    config = {
+        "representations": [[layer, component, "pos", 1, 2, *[None] * 9] for layer, component in spots],
+        "intervention_types": [f"<class 'pyreft.interventions.{kind}Intervention'>"] * len(spots),
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for k, (layer, component) in enumerate(spots):
+        at = f"comp_{component.replace('.', '_')}" if "." in component else f"layer_{layer}_comp_{component}"
+        torch.save(held, tmp_path / f"intkey_{at}_unit_pos_nunit_1#{spots[:k].count((layer, component))}.bin")
     return tmp_path
 
 
@@ -179,8 +185,7 @@ def test_pyreft_acts_where_its_reader_is_told(tmp_path):
     R = torch.linalg.qr(noise(16, 2))[0]
     W, b = noise(2, 16), noise(2)
     unit = {"weight": W, "bias": b, "rotate_layer": R}
-    name = "1_comp_block_output_unit_pos_nunit_1#0"
-    folder, model, reference = reft(tmp_path, "LoreftIntervention", {name: unit}), bert(), bert()
+    folder, model, reference = reft(tmp_path, "Loreft", [(1, "bert.encoder.layer[1].output")], unit), bert(), bert()
     with pytest.raises(dt.DeltaTuneError, match="do not say at which positions they act"):
         dt.load(model, folder)
     lengths = (6, 4)
@@ -202,15 +207,20 @@ def test_pyreft_acts_where_its_reader_is_told(tmp_path):
 
 def test_pyreft_s_other_kinds_are_told_apart_by_their_types(tmp_path):
     held = {"learned_source.weight": noise(2, 16), "learned_source.bias": noise(2), "proj_layer.weight": noise(2, 16)}
-    files = {f"0_comp_block_output_unit_pos_nunit_1#{k}": held for k in (0, 1)}
-    folder = reft(tmp_path, "NoreftIntervention", files)
+    spots = [(0, "block_output"), (1, "block_output")] * 2
+    folder = reft(tmp_path, "Noreft", spots, held)
     texts = [str(term.method) for term in formats.read_pyreft(bert(), folder, positions="f2+l1").delta.terms]
     assert texts == ["AtPositions(inner=NoReFT(rank=2), first=2)", "AtPositions(inner=NoReFT(rank=2), last=1)"]
-    reft(tmp_path, "NodireftIntervention", {})
+    reft(tmp_path, "Nodireft", spots, held)
     assert "DiReFT" in str(formats.read_pyreft(bert(), folder, positions="f2+l1").delta)
-    reft(tmp_path, "Other", {})
-    with pytest.raises(dt.DeltaTuneError, match="read are those of LoReFT, NoReFT and NodiReFT"):
-        formats.read_pyreft(bert(), folder, positions="f2+l1")
-    reft(tmp_path, "LoreftIntervention", {"0_comp_mlp_output_unit_pos_nunit_1#0": held})
-    with pytest.raises(dt.DeltaTuneError, match="no intervention behind a block"):
-        formats.read_pyreft(bert(), folder, positions="f2")
+    for kind, again, words in (
+        ("Consreft", spots, "read are those of LoReFT, NoReFT and NodiReFT"),
+        ("Loreft", spots, "read are those of LoReFT, NoReFT and NodiReFT, whole"),
+        ("Noreft", [(0, "mlp_output")], "'mlp_output'; deltatune has ReFT at positions behind blocks"),
+        ("Noreft", [(0, "bert.encoder.layer[0].input")], "deltatune has ReFT at positions behind blocks"),
+        ("Noreft", [(0, "bert.encoder.layer[7].output")], "names the module 'bert.encoder.layer.7'"),
+        ("Noreft", spots + spots[:1], "at most two may be behind one block"),
+    ):
+        reft(tmp_path, kind, again, held)
+        with pytest.raises(dt.DeltaTuneError, match=words):
+            formats.read_pyreft(bert(), folder, positions="f2+l1")

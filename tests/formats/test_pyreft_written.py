@@ -11,7 +11,8 @@ from tests.formats.small import BUILDS, bert, scores
 from tests.laws.cases import busy
 
 UNIT = {"weight": (2, 16), "bias": (2,), "rotate_layer": (16, 2)}
-BASES = {"learned_source.weight": (2, 16), "learned_source.bias": (2,), "proj_layer.weight": (2, 16)}
+SIZES = {"embed_dim": (), "interchange_dim": ()}
+BASES = SIZES | {"learned_source.weight": (2, 16), "learned_source.bias": (2,), "proj_layer.weight": (2, 16)}
 KINDS = {"LoReFT": ("LoreftIntervention", UNIT), "NoReFT": ("NoreftIntervention", BASES)}
 KINDS["DiReFT"] = ("NodireftIntervention", BASES)
 CASES = {
@@ -37,7 +38,8 @@ def test_what_is_written_reads_as_the_same_function(case, kind, tmp_path):
     assert (expected - bare).abs().max() > 1e-3
     files = sorted((tmp_path / "out").glob("*.bin"))
     layers, units = ([1] if case[0] == "llama" else [0, 1]), ([0, 1] if "+ At" in CASES[case] else [0])
-    names = [f"intkey_layer_{n}_comp_block_output_unit_pos_nunit_1#{k}.bin" for n in layers for k in units]
+    at = "layer_{}_comp_block_output" if case[0] == "llama" else "comp_bert_encoder_layer[{}]_output"
+    names = [f"intkey_{at.format(n)}_unit_pos_nunit_1#{k}.bin" for n in layers for k in units]
     assert [file.name for file in files] == names
     for file in files:
         assert {n: tuple(t.shape) for n, t in torch.load(file, weights_only=True).items()} == shapes

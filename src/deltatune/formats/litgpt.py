@@ -95,7 +95,10 @@ def write_litgpt(model: nn.Module, weights: Weights, folder: Path | str) -> None
     tensors = {f"{at}.lora_{leaf}": torch.cat([p[leaf] for p in held]) for at, held in packed.items() for leaf in "AB"}
     chosen = {role for role, _ in found}
     groups = {name: (role,) for role, name in SIDES.items()} | GROUPS
-    lines = ["checkpoint_dir: .", f"lora_r: {rank}"]  # litgpt looks for the first, and is told --pretrained_checkpoint_dir
+    lines = [
+        "checkpoint_dir: .",
+        f"lora_r: {rank}",
+    ]  # litgpt looks for the first, and is told --pretrained_checkpoint_dir
     lines += [f"lora_alpha: {int(alpha) if alpha == int(alpha) else alpha}", "lora_dropout: 0.0"]
     lines += [f"lora_{name}: {str(not chosen.isdisjoint(roles)).lower()}" for name, roles in groups.items()]
     data = pickle_bytes(tensors, folder, under="model")

@@ -30,7 +30,11 @@ PHI = {"rotary_percentage": 0.5, "shared_attention_norm": True, "lm_head_bias": 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": ROTARY | {"n_layer": 3}, "mistral": ROTARY, "qwen2": ROTARY | {"attn_bias": True}, "gpt_neox": {}, "phi": PHI,
 }  # fmt: skip
-COPY = {"gpt_neox": convert.copy_weights_gpt_neox, "phi": convert.copy_weights_phi, "qwen2": convert.copy_weights_qwen_2_5}
+COPY = {
+    "gpt_neox": convert.copy_weights_gpt_neox,
+    "phi": convert.copy_weights_phi,
+    "qwen2": convert.copy_weights_qwen_2_5,
+}
 ALL = ("query", "key", "value", "projection", "mlp", "head")
 CASES = {
     f"{family}-{'-'.join(chosen)}": chosen

@@ -14,12 +14,12 @@ from deltatune.formats.adapterhub.others import LOCATION, check_prefixes, prefix
 from deltatune.formats.adapterhub.places import layer_number
 from deltatune.formats.adapterhub.target import Target, Written, one
 from deltatune.formats.disk import Tensors
+from deltatune.formats.refts import refts_of
 from deltatune.formats.seats import Seat
 from deltatune.methods.addition.ia3 import IA3
 from deltatune.methods.addition.loreft import LoReFT
 from deltatune.methods.addition.noreft import NoReFT
 from deltatune.methods.addition.prefix_tuning import PrefixTuning
-from deltatune.methods.combine.at_positions import AtPositions
 from deltatune.methods.combine.reparam import MLP, Reparam
 from deltatune.methods.reparameterization.dora import DoRA
 from deltatune.methods.reparameterization.lora import LoRA
@@ -158,33 +158,25 @@ def is_prefix(method: Any) -> bool:
 
 def write_refts(target: Target, seats: Sequence[Seat]) -> list[Written]:
     """Return the config and tensors of ReFT: one unit for both ends of a text, or one for each."""
-    methods = list(dict.fromkeys(seat.method for seat in seats))
-    for method in methods:
-        if not isinstance(method, AtPositions) or not isinstance(method.inner, LoReFT | NoReFT):
-            raise DeltaTuneError(
-                "the library has LoReFT and NoReFT at the first and last positions, and loads its own DiReFT as NoReFT, as its files "
-                f"do not tell them apart; this delta has {method}."
-            )
-    kinds = {(type(method.inner), method.inner.rank) for method in methods}
-    spans = [(method.first, method.last) for method in methods]
-    ends = len(methods) == 2 and spans[0][1] == 0 == spans[1][0]
-    if len(kinds) > 1 or not (len(methods) == 1 or ends):
+    but = ", and loads its own DiReFT as NoReFT, as its files do not tell them apart"
+    methods = refts_of(seats, "the library", (LoReFT, NoReFT), but)
+    if len({method.inner for method in methods}) > 1:
         raise DeltaTuneError(
-            "the library has one ReFT, with one unit for both ends of a text or one for each; this delta has others."
+            f"the library has one rank of ReFT in an adapter; this delta has {' + '.join(map(str, methods))}."
         )
-    numbers, inner, tensors = _blocks(target), methods[0].inner, {}
-    layers = [{numbers[s.site.stack, s.site.layer] for s in seats if s.method == method} for method in methods]
-    if any(seat.site.role != "block" or seat.site.side != "out" for seat in seats) or layers[0] != layers[-1]:
-        raise DeltaTuneError("the library has ReFT behind blocks, at both ends behind the same ones.")
+    numbers, tensors = _blocks(target), {}
+    inner: Any = methods[0].inner
+    if any(seat.site.role != "block" or seat.site.side != "out" for seat in seats):
+        raise DeltaTuneError("the library has ReFT behind blocks.")
+    layers = {numbers[seat.site.stack, seat.site.layer] for seat in seats}
     for seat in seats:
         key = f"{seat.site.path}.reft_layer.refts.{target.name}.units.{methods.index(seat.method)}."
         tensors |= {key + name: tensor for name, tensor in _unit(seat).items()}
-    first, last = (max(span[i] for span in spans) for i in (0, 1))
     fields = {
-        "layers": "all" if layers[0] == set(numbers.values()) else sorted(layers[0]),
-        "prefix_positions": first,
-        "suffix_positions": last,
-        "tied_weights": not ends,
+        "layers": "all" if layers == set(numbers.values()) else sorted(layers),
+        "prefix_positions": methods[0].first,
+        "suffix_positions": methods[-1].last,
+        "tied_weights": len(methods) == 1,
     }
     kind = {"r": inner.rank, "orthogonality": isinstance(inner, LoReFT)}
     return [(REFT | fields | kind, tensors)]
