@@ -60,6 +60,53 @@ def test_weights_are_loaded_by_name_from_the_cache(form, model, cache, tmp_path)
         torch.testing.assert_close(output(model), wanted, rtol=0, atol=0)
 
 
+@pytest.fixture
+def remote(cache, tmp_path, monkeypatch):
+    """A hub that puts into the cache what a client's patterns let through, and a list of what it sent."""
+    folders: dict[str, Path] = {}
+    sent: list[str] = []
+
+    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        names = [path.relative_to(folders[name]).as_posix() for path in folders[name].rglob("*") if path.is_file()]
+        sent.extend(
+            huggingface_hub.utils.filter_repo_objects(
+                names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            )
+        )
+        part = tmp_path / "part"
+        for file in sent:
+            (part / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folders[name] / file, part / file)
+        shutil.rmtree(tmp_path / "hub", ignore_errors=True)
+        return str(cache(name, part))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return folders, sent
+
+
+def test_a_folder_of_opendelta_comes_whole_though_its_tensors_are_called_as_a_model_s(model, remote, tmp_path):
+    folders, sent = remote
+    weights = busy(dt.init(dt.LoRA(rank=2).at("attn.{q,v}"), model))
+    formats.write("opendelta", model, weights, tmp_path / "saved")
+    folders["someone/sst2"] = tmp_path / "saved"
+    with dt.attach(model, weights), torch.no_grad():
+        wanted = output(model)
+    with dt.load(model, "someone/sst2"), torch.no_grad():
+        torch.testing.assert_close(output(model), wanted, rtol=0, atol=0)
+    assert {*sent} == {"config.json", "pytorch_model.bin"}
+
+
+def test_a_whole_model_is_not_fetched_where_a_delta_is_meant(model, weights, remote, tmp_path):
+    folders, sent = remote
+    dt.save(weights, tmp_path / "saved")
+    for name in ("pytorch_model.bin", "model.safetensors", "epoch/delta.safetensors", "config.json"):
+        (tmp_path / "saved" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "saved" / name).write_text("{}")
+    folders["someone/sst2"] = tmp_path / "saved"
+    assert formats.read(model, "someone/sst2").spec() == weights.spec()
+    assert sorted(sent) == ["config.json", "delta.json", "delta.safetensors"]
+
+
 def test_what_is_there_under_the_name_comes_first(model, weights, cache, tmp_path, monkeypatch):
     dt.save(dt.init(DELTA, model), tmp_path / "other")
     cache("someone/sst2", tmp_path / "other")

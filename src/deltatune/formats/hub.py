@@ -15,10 +15,12 @@ from deltatune.core.store import Format, read
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
 from deltatune.files import write_text
+from deltatune.formats.opendelta import CONFIG, TENSORS, is_opendelta
 from deltatune.hub import fetch, is_name, send
 
 FILES = ("*.safetensors", "*.json", "*.bin", "*.pt", "*.lora", "*.yaml")
 NOT = ("*/*", "model*.safetensors", "pytorch_model*.bin")  # a whole model, which nobody wants where a delta is meant
+WHAT = "file or folder"
 
 CARD = """---
 {data}
@@ -50,7 +52,12 @@ def absent(path: Path) -> bool:
 
 def local(path: Path) -> Path:
     """Return a path that is there as it is, and for the name of a repository the folder with its files."""
-    return fetch(path.as_posix(), FILES, NOT, "file or folder") if absent(path) else path
+    if not absent(path):
+        return path
+    folder = fetch(path.as_posix(), FILES, NOT, WHAT)
+    if is_opendelta(folder):  # whose tensors are called as those of a whole model
+        return fetch(path.as_posix(), (CONFIG, TENSORS), NOT[:1], WHAT)
+    return folder
 
 
 def _read(model: nn.Module, path: Path, check: bool) -> Weights:
