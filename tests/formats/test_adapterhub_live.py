@@ -30,6 +30,7 @@ KINDS: Kinds = {
     "noreft": (ALL, "AtPositions(NoReFT(rank=2), first=2)"),
     "compacter": (ALL, "Compacter(size=8, n=4)"),
     "ends": (BERTS, "AtPositions(LoReFT(rank=2), first=2) + AtPositions(LoReFT(rank=2), last=1)"),
+    "turned": (BERTS, "AtPositions(LoReFT(rank=2), last=1) + AtPositions(LoReFT(rank=2), first=2)"),
     "flat": (BERTS, "PrefixTuning(length=3)"),
     "late": (BERTS, 'PrefixTuning(length=3).at("attn[1:]")'),
     "prefix": (BERTS, "Reparam(PrefixTuning(length=3), MLP(size=32, hidden=6))"),

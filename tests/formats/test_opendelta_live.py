@@ -20,6 +20,7 @@ KINDS: Kinds = {
     "upper": (("t5", "bert"), 'ParallelAdapter(size=5, scale=2.0).at("ffn[1:]")'),
     "scale": (("bert",), "ParallelAdapter(size=5, scale=Ones())"),
     "compacter": (("t5", "bert"), "Compacter(size=8, n=4)"),
+    "ranked": (("bert",), "Compacter(size=8, n=2, rank=2)"),
     "low": (("t5", "bert"), "LowRankAdapter(size=8, rank=1)"),
     "bitfit": (("bert", "gpt2"), 'BitFit().at("{attn.o,ffn.{up,down}}")'),
     "prompt": (("t5", "llama"), "PromptTuning(length=3)"),

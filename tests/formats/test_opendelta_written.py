@@ -109,7 +109,7 @@ REFUSED = {
     "size": ("t5", "LowRankAdapter(size=7)", "by a whole number"),
     "rank": ("t5", "LowRankAdapter(size=4, rank=2)", "of rank 1 alone"),
     "head": ("t5", 'LoRA(rank=2).at("head")', "leaves out 'lm_head'"),
-    "added": ("t5", "BitFit()", "is lost when OpenDelta loads it"),
+    "added": ("t5", "BitFit()", "OpenDelta adds none to a linear layer"),
     "prompt": ("bert", "PromptTuning(length=3)", "moves the positions of the text"),
 }
 

@@ -98,7 +98,7 @@ def write_litgpt(model: nn.Module, weights: Weights, folder: Path | str) -> None
     lines = [
         "checkpoint_dir: .",
         f"lora_r: {rank}",
-    ]  # litgpt looks for the first, and is told --pretrained_checkpoint_dir
+    ]  # merge_lora wants a checkpoint_dir, even if it is told
     lines += [f"lora_alpha: {int(alpha) if alpha == int(alpha) else alpha}", "lora_dropout: 0.0"]
     lines += [f"lora_{name}: {str(not chosen.isdisjoint(roles)).lower()}" for name, roles in groups.items()]
     data = pickle_bytes(tensors, folder, under="model")

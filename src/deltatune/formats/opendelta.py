@@ -8,7 +8,8 @@ X.parallel_adapter.modulelist...                        `ParallelAdapter` from w
 X.compactor.down_sampler.phm_rule, W_left, W_right, b   `Adapter` behind X, multiplied out: each matrix has a rule of its own
 X.low_rank_adapter.down_sampler.W_left, W_right, b      `LowRankAdapter` behind X, of rank one: OpenDelta fails for others
 X.bias, X.bitfit.bias                                   `BitFit` at X, of the difference to the model's own bias
-encoder.soft_prompt_layer.soft_embeds                   `PromptTuning`, where a prompt does not move the text
+soft_prompt_layer.soft_embeds                           `PromptTuning`, where a prompt does not move the text; with two stacks
+                                                        under `encoder.`
 """
 
 from __future__ import annotations

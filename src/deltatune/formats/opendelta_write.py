@@ -139,7 +139,7 @@ def _adapter(model: nn.Module, parts: Anatomy, seat: Seat) -> Found:
 
 def _parallel(model: nn.Module, parts: Anatomy, seat: Seat) -> Found:
     """Return the adapter with its scale in U and u: OpenDelta's config has one, and its model does not take it."""
-    by = seat.leaves.get("scale", seat.method.scale)
+    by: Any = seat.leaves.get("scale", seat.method.scale)
     held = {name: seat.leaves[leaf] * (by if leaf in "Uu" else 1) for leaf, name in BOTTLENECK.items()}
     fields = {"bottleneck_dim": seat.method.size, "non_linearity": _activation(seat, seat.method.activation)}
     return fields, _under(seat.site.path, "parallel_adapter", held)
@@ -173,8 +173,8 @@ def _low_rank(model: nn.Module, parts: Anatomy, seat: Seat) -> Found:
 def _bitfit(model: nn.Module, parts: Anatomy, seat: Seat) -> Found:
     if "bias" not in seat.own:
         raise DeltaTuneError(
-            f"{seat.site.path!r} has no bias of its own, and one that BitFit() adds is lost when OpenDelta loads it: it makes "
-            "room for it too late."
+            f"{seat.site.path!r} has no bias of its own, where this delta has {seat.method}: OpenDelta adds none to a linear layer, "
+            "and loses those of other modules when it loads them."
         )
     return {}, {f"{seat.site.path}.bias": seat.own["bias"].detach().float().cpu() + seat.leaves["b"]}
 

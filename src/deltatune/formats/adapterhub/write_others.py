@@ -160,12 +160,12 @@ def write_refts(target: Target, seats: Sequence[Seat]) -> list[Written]:
     """Return the config and tensors of ReFT: one unit for both ends of a text, or one for each."""
     but = ", and loads its own DiReFT as NoReFT, as its files do not tell them apart"
     methods = refts_of(seats, "the library", (LoReFT, NoReFT), but)
-    if len({method.inner for method in methods}) > 1:
+    inners: list[Any] = [method.inner for method in methods]
+    if len({inner.rank for inner in inners}) > 1:
         raise DeltaTuneError(
             f"the library has one rank of ReFT in an adapter; this delta has {' + '.join(map(str, methods))}."
         )
     numbers, tensors = _blocks(target), {}
-    inner: Any = methods[0].inner
     if any(seat.site.role != "block" or seat.site.side != "out" for seat in seats):
         raise DeltaTuneError("the library has ReFT behind blocks.")
     layers = {numbers[seat.site.stack, seat.site.layer] for seat in seats}
@@ -178,7 +178,7 @@ def write_refts(target: Target, seats: Sequence[Seat]) -> list[Written]:
         "suffix_positions": methods[-1].last,
         "tied_weights": len(methods) == 1,
     }
-    kind = {"r": inner.rank, "orthogonality": isinstance(inner, LoReFT)}
+    kind = {"r": inners[0].rank, "orthogonality": isinstance(inners[0], LoReFT)}
     return [(REFT | fields | kind, tensors)]
 
 
