@@ -55,7 +55,7 @@ def write_opendelta(model: nn.Module, weights: Weights, folder: Path | str) -> N
         "modified_modules": [path for seat in seats for path in _ends(seat)],
         "exclude_modules": [],
         "common_structure": False,
-        "backbone_class": weights.backbone.family,
+        "backbone_class": type(model).__name__,
         "backbone_checkpoint_name": settings.get("_name_or_path") or "",
         "backbone_hash": None,  # of OpenDelta's own making; without one it does not compare
         "opendelta_version": VERSION,

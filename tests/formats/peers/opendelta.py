@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bert-gelu": {"delta_type": "adapter", "non_linearity": "gelu_orig"},
     "bert-parallel": {"delta_type": "parallel_adapter"},
     "t5-parallel": {"delta_type": "parallel_adapter", "modified_modules": ["wi_0", "wo"]},
+    "bert-around": {"delta_type": "parallel_adapter", "modified_modules": ["attention.self", "attention.self"]},
     "t5-compacter": {"delta_type": "compacter", "reduction_factor": 4},
     "bert-factored": {"delta_type": "compacter", "reduction_factor": 4, "factorized_phm_rule": True, "phm_rank": 2},
     "bert-whole": {
@@ -34,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "t5-low": {"delta_type": "low_rank_adapter", "reduction_factor": 4},
     "bert-low": {"delta_type": "low_rank_adapter", "reduction_factor": 4, "non_linearity": "tanh"},
     "bert-bitfit": {"delta_type": "bitfit"},
+    "gpt2-bitfit": {"delta_type": "bitfit", "modified_modules": ["c_attn", "c_proj", "ln_1"]},
     "t5-norms": {"delta_type": "bitfit", "modified_modules": ["layer_norm"]},
     "t5-prompt": {"delta_type": "soft_prompt", "soft_token_num": 3},
     "llama-prompt": {"delta_type": "soft_prompt", "soft_token_num": 3},
