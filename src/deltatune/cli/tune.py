@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from deltatune.tuning import Run
+    from deltatune.tuning.cache import Bound
 
 INTERRUPTED = 130
 MORE = "Finer control"
@@ -60,6 +61,14 @@ MaxInput = Annotated[int, _option("Tokens of a prompt; a longer one loses its be
 MaxTarget = Annotated[int, _option("Tokens of an answer.", MORE)]
 EvalBatch = Annotated[int, _option("Examples in a batch of an evaluation.", MORE)]
 CheckpointEvery = Annotated[int, _option("Steps between checkpoints; 0 writes none.", MORE)]
+Cache = Annotated[
+    str,
+    _option(
+        "Memory for what the blocks below the delta make of each example, such as 2GB: they are computed once. 0 for none.",
+        MORE,
+    ),
+]
+OnDisk = Annotated[bool, _option("Keep the cache in the run's folder, on disk, instead of in memory.", MORE)]
 Test = Annotated[bool, _option("Score the test split at the end; without it the run is judged on dev alone.", MORE)]
 Dropout = Annotated[bool, _option("Train with the backbone's own dropout.", MORE)]
 
@@ -91,6 +100,8 @@ def tune(
     checkpoint_every: CheckpointEvery = Recipe.checkpoint_every,
     dropout: Dropout = Recipe.dropout,
     test: Test = Recipe.test,
+    cache: Cache = "1GB",
+    cache_on_disk: OnDisk = False,
 ) -> None:
     """Train a delta on a task and test it once, at its best dev score.
 
@@ -101,12 +112,14 @@ def tune(
     given = locals()
     recipe = Recipe(**{name: given[name] for name in Recipe().to_json()})
     from deltatune.tuning import Run
+    from deltatune.tuning.cache import Bound
 
+    bound = Bound.read(cache, cache_on_disk)
     run = Run(delta, backbone, task, recipe, seed, None if start is None else str(start))
-    _show(run, out or Path("runs") / f"{Path(task).name}-{run.id}")
+    _show(run, out or Path("runs") / f"{Path(task).name}-{run.id}", bound)
 
 
-def _show(run: Run, folder: Path) -> None:
+def _show(run: Run, folder: Path, cache: Bound) -> None:
     """Train with a progress bar, then print what came out; Ctrl-C says how to go on."""
     from rich.console import Console
 
@@ -117,7 +130,7 @@ def _show(run: Run, folder: Path) -> None:
     console.print(f"[bold]{run.delta}[/bold] on {run.backbone}{top} for {run.task}, in {folder}", markup=True)
     try:
         with _bar(console) as progress:
-            result = tune(run, folder, _follow(progress, run.recipe.steps))
+            result = tune(run, folder, _follow(progress, run.recipe.steps), cache)
     except KeyboardInterrupt:
         every = run.recipe.checkpoint_every
         where = f"it continues from its last checkpoint (one every {every} steps)" if every else "it starts over"

@@ -21,6 +21,7 @@ from torch import Tensor
 from deltatune.core.attach import Attachment
 from deltatune.core.motion import advance, drawn, moving, penalty, rates
 from deltatune.errors import DeltaTuneError
+from deltatune.tuning.cache import Bound, Cache, Data, NoCache, frozen_cache
 from deltatune.tuning.checkpoint import (
     cut_log,
     pack_optimizer,
@@ -31,7 +32,7 @@ from deltatune.tuning.checkpoint import (
     unpack_random,
     write_checkpoint,
 )
-from deltatune.tuning.encode import Row, batches, collate
+from deltatune.tuning.encode import Row, batches, collate, epoch_order
 from deltatune.tuning.memory import Peak, in_use
 from deltatune.tuning.optim import learning_rate, make_optimizer
 from deltatune.tuning.recipe import Recipe
@@ -79,6 +80,7 @@ class Loop:
     evaluate: Callable[[], float] | None = None
     on_step: OnStep | None = None
     progress: Progress = field(default_factory=Progress)
+    bound: Bound = field(default_factory=Bound)
 
     def __post_init__(self) -> None:
         from accelerate import Accelerator
@@ -87,6 +89,7 @@ class Loop:
         self.accelerator = Accelerator(mixed_precision="no")
         self.device = self.accelerator.device
         self.model, self.parameters = self.attachment.model, list(self.attachment.parameters())
+        self.cache: Cache | NoCache = NoCache("runs that train together keep none")
         self.held: list[Tensor] = [*self.parameters, *moving(self.attachment)]
         self.optimizer = make_optimizer(self.recipe, self.parameters, rates(self.attachment))
         self.rate = learning_rate(self.recipe)
@@ -103,6 +106,8 @@ class Loop:
         order = self.order()
         self.model.train(self.recipe.dropout)
         with deterministic(self.device), self.log:
+            with compute(self.device, self.recipe):
+                self.cache = frozen_cache(self.model, self.data(), self.recipe, self.bound, self.folder)
             while not self.progress.finished(self.recipe):
                 self.step(next(order))
                 self.look()
@@ -115,12 +120,17 @@ class Loop:
         for batch in batches(sizes, self.recipe.batch, self.seed, self.progress.step):
             yield [self.rows[index] for index in batch]
 
+    def data(self) -> Data:
+        """Return the rows with their batches in the first epoch."""
+        first = epoch_order([row.tokens for row in self.rows], self.recipe.batch, self.seed, 0)
+        return Data(self.rows, first, self.pad, self.device)
+
     def step(self, rows: list[Row]) -> None:
         """Take one step on one batch and log it."""
         started = time.perf_counter()
         batch = collate(rows, self.pad, self.device)
         with self.drawn():
-            with compute(self.device, self.recipe):
+            with compute(self.device, self.recipe), self.cache.given(rows):
                 loss = self.model(**batch).loss
             extra = penalty(self.attachment)
             self.accelerator.backward(loss if extra is None else loss + extra)

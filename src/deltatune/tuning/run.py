@@ -21,6 +21,7 @@ from deltatune.errors import DeltaTuneError
 from deltatune.files import read_json, write_json, write_text
 from deltatune.tasks import Example, score, task
 from deltatune.tuning.answers import answer, majority, make_questions, make_rows
+from deltatune.tuning.cache import Bound
 from deltatune.tuning.checkpoint import remove_checkpoint
 from deltatune.tuning.encode import Codec, collate
 from deltatune.tuning.environment import environment
@@ -31,10 +32,10 @@ EVIDENCE = 128  # training examples that data-dependent starts look at
 RUN, RESULT, FAILURE, PREDICTIONS = "run.json", "result.json", "failure.json", "predictions.jsonl"
 
 
-def tune(run: Run, folder: Path | str, on_step: OnStep | None = None) -> dict[str, Any]:
+def tune(run: Run, folder: Path | str, on_step: OnStep | None = None, cache: Bound | None = None) -> dict[str, Any]:
     """Train `run` in `folder` and return its result; a finished run is returned as it is, a begun one continued.
 
-    Scores are in percent, times in seconds, memory in bytes. `on_step` gets every line of `log.jsonl`. An error is
+    `cache` bounds what is kept of the blocks that no trained tensor reaches, 1 GB in memory where it is not given. Scores are in percent, times in seconds, memory in bytes. `on_step` gets every line of `log.jsonl`. An error is
     written to `failure.json` and raised; raises `DeltaTuneError` when the folder holds another run.
     """
     folder = Path(folder)
@@ -45,7 +46,7 @@ def tune(run: Run, folder: Path | str, on_step: OnStep | None = None) -> dict[st
     started = time.perf_counter()
     try:
         session = Session(run, folder, Session.load(run), started=started)
-        loop = session.loop(on_step)
+        loop = session.loop(on_step, cache)
         result = session.result(loop.run() if loop else session.untrained())
     except Exception as error:
         write_json(folder / FAILURE, {"error": type(error).__name__, "message": str(error)})
@@ -90,6 +91,7 @@ class Session:
         delta = dt.parse(run.delta)
         weights = dt.init(delta, self.backbone.model, run.seed, evidence=self._evidence(delta))
         self.count = weights.count
+        self.trained: Loop | None = None
         self.scope: Callable[[], AbstractContextManager[Any]] = nullcontext
         if members is None:
             self.attachment = dt.attach(self.backbone.model, weights)
@@ -136,6 +138,7 @@ class Session:
             "tokens": progress.tokens,
             "tokens_per_second": progress.tokens / progress.train_seconds if progress.train_seconds else None,
             "peak_memory_bytes": progress.peak_memory,
+            "cache": self.trained.cache.report if self.trained else None,
             "environment": environment(),
         }
 
@@ -162,13 +165,24 @@ class Session:
         write_predictions(self.folder / PREDICTIONS, examples, predictions)
         return {"test": score(self.task.metric, predictions, examples), "majority": majority(self.task, examples)}
 
-    def loop(self, on_step: OnStep | None) -> Loop | None:
+    def loop(self, on_step: OnStep | None, cache: Bound | None = None) -> Loop | None:
         """Return what trains the run, or None when its delta has nothing to train."""
         if not self.count:
             return None
         recipe, run = self.recipe, self.run
         rows = make_rows(self.codec, self.task, self._examples())
-        return Loop(self.attachment, rows, self.codec.pad, recipe, run.seed, self.folder, self._dev(), on_step)
+        self.trained = Loop(
+            self.attachment,
+            rows,
+            self.codec.pad,
+            recipe,
+            run.seed,
+            self.folder,
+            self._dev(),
+            on_step,
+            bound=cache or Bound(),
+        )
+        return self.trained
 
     def untrained(self) -> Progress:
         """Return the progress of the backbone as it is: there is a dev score, and nothing to train."""
