@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -66,15 +66,21 @@ class Watch:
     def around(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         y = run(Ports(here.module), args, kwargs)
         first = first_argument(here.module)
-        x = args[0] if args else kwargs[first]
         h, others = (y[0], y[1:]) if isinstance(y, tuple) else (y, None)
-        rest = None if others is None else tuple(_rest(item, args, kwargs) for item in others)
-        known = isinstance(h, Tensor) and h.dim() == 3 and not h.requires_grad and None not in (rest or ())
         block = None
-        if known:
-            block = FrozenBlock(self.place, here.module, first, *h.shape[1:], h.dtype, rest, bool(here.post))  # type: ignore[arg-type]
-        self.seen.append(Seen(self.place, x, h, block))
+        if isinstance(h, Tensor) and h.dim() == 3 and not h.requires_grad:
+            rest = None if others is None else [_rest(item, args, kwargs) for item in others]
+            block = _block(self.place, here, first, h, rest)
+        self.seen.append(Seen(self.place, args[0] if args else kwargs[first], h, block))
         return y
+
+
+def _block(place: Place, here: Ports, first: str, h: Tensor, rest: list[Rest | None] | None) -> FrozenBlock | None:
+    known = None if rest is None else tuple(item for item in rest if item is not None)
+    if rest is not None and len(rest) != len(known or ()):
+        return None
+    length, width = h.shape[1:]
+    return FrozenBlock(place, here.module, first, length, width, h.dtype, known, read=bool(here.post))
 
 
 def _rest(item: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rest | None:
@@ -153,11 +159,8 @@ class FrozenBlocks:
         """Run `call`, a forward pass, up to the last frozen block, and return the hidden states that are read."""
         kept: list[Tensor] = []
         edits = [Edit(block.module, "around", Keep(kept, block is self.read[-1])) for block in self.read]
-        with standing(self.model, edits):
-            try:
-                call()
-            except _Enough:
-                pass
+        with standing(self.model, edits), suppress(_Enough):
+            call()
         return kept
 
     @contextmanager
@@ -208,6 +211,6 @@ def _leading(seen: list[Seen]) -> list[FrozenBlock]:
         if one.block is None:
             break
         after = seen[place + 1] if place + 1 < len(seen) else None
-        last = after is None or after.block is None
-        found.append(replace(one.block, read=one.block.read or last or after.x is not one.h))
+        passed_on = after is not None and after.block is not None and after.x is one.h
+        found.append(replace(one.block, read=one.block.read or not passed_on))
     return found

@@ -57,6 +57,12 @@ class Data:
     pad: int
     device: torch.device
 
+    @property
+    def probe(self) -> list[int]:
+        """Two rows to try things on, of different lengths where there are such."""
+        order = sorted(range(len(self.rows)), key=lambda index: len(self.rows[index].input))
+        return [order[0], order[len(order) // 2]]
+
     def length(self, block: FrozenBlock, index: int) -> int:
         """Return how many tokens of a row a block sees: its input's, or its labels' in the stack that writes."""
         row = self.rows[index]
@@ -103,7 +109,9 @@ def _numbers(count: int, dtype: torch.dtype, folder: Path | None) -> Tensor:
         return torch.empty(count, dtype=dtype)
     size = count * dtype.itemsize
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:  # without a name: it goes when the process does, however that ends
+        with tempfile.TemporaryFile(
+            dir=folder
+        ) as file:  # without a name: it goes when the process does, however that ends
             if sys.platform == "linux":  # so that a full disk is an error here, and not a signal at some later write
                 os.posix_fallocate(file.fileno(), 0, size)
             return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype)
@@ -186,13 +194,11 @@ def frozen_cache(model: Any, data: Data, recipe: Recipe, bound: Bound, folder: P
         return NoCache("dropout is on, so that no block puts out the same twice")
     if recipe.steps <= len(data.groups):
         return NoCache("no example is seen twice")
-    order = sorted(range(len(data.rows)), key=lambda index: len(data.rows[index].input))
-    probe = [order[0], order[len(order) // 2]]  # two rows, of different lengths where there are such
-    batch = data.batch(probe)
+    batch = data.batch(data.probe)
     frozen = frozen_blocks(model, lambda: model(**batch))
     if not frozen.blocks:
         return NoCache("the delta acts in the first block of every stack, or before it")
-    if any(block.length != max(data.length(block, index) for index in probe) for block in frozen.blocks):
+    if any(block.length != max(data.length(block, index) for index in data.probe) for block in frozen.blocks):
         return NoCache("the blocks see tokens that are not of the examples")
     kept = fitting(frozen, data, bound.bytes)
     if not kept:

@@ -33,6 +33,7 @@ from deltatune.tuning.checkpoint import (
     write_checkpoint,
 )
 from deltatune.tuning.encode import Row, batches, collate, epoch_order
+from deltatune.tuning.loss import Loss, make_loss
 from deltatune.tuning.memory import Peak, in_use
 from deltatune.tuning.optim import learning_rate, make_optimizer
 from deltatune.tuning.recipe import Recipe
@@ -89,6 +90,7 @@ class Loop:
         self.accelerator = Accelerator(mixed_precision="no")
         self.device = self.accelerator.device
         self.model, self.parameters = self.attachment.model, list(self.attachment.parameters())
+        self.loss: Loss = lambda batch: self.model(**batch).loss
         self.cache: Cache | NoCache = NoCache("runs that train together keep none")
         self.held: list[Tensor] = [*self.parameters, *moving(self.attachment)]
         self.optimizer = make_optimizer(self.recipe, self.parameters, rates(self.attachment))
@@ -104,10 +106,9 @@ class Loop:
     def run(self) -> Progress:
         """Train to the end of the recipe and leave the best parameters in place."""
         order = self.order()
-        self.model.train(self.recipe.dropout)
         with deterministic(self.device), self.log:
-            with compute(self.device, self.recipe):
-                self.cache = frozen_cache(self.model, self.data(), self.recipe, self.bound, self.folder)
+            self.prepare()
+            self.model.train(self.recipe.dropout)
             while not self.progress.finished(self.recipe):
                 self.step(next(order))
                 self.look()
@@ -120,10 +121,14 @@ class Loop:
         for batch in batches(sizes, self.recipe.batch, self.seed, self.progress.step):
             yield [self.rows[index] for index in batch]
 
-    def data(self) -> Data:
-        """Return the rows with their batches in the first epoch."""
+    def prepare(self) -> None:
+        """Find out what of each step can be spared on this backbone with this delta."""
         first = epoch_order([row.tokens for row in self.rows], self.recipe.batch, self.seed, 0)
-        return Data(self.rows, first, self.pad, self.device)
+        data = Data(self.rows, first, self.pad, self.device)
+        self.model.eval()  # what is tried draws no random numbers, which a continued run would miss
+        with compute(self.device, self.recipe):
+            self.loss = make_loss(self.model, data.batch(data.probe))
+            self.cache = frozen_cache(self.model, data, self.recipe, self.bound, self.folder)
 
     def step(self, rows: list[Row]) -> None:
         """Take one step on one batch and log it."""
@@ -131,7 +136,7 @@ class Loop:
         batch = collate(rows, self.pad, self.device)
         with self.drawn():
             with compute(self.device, self.recipe), self.cache.given(rows):
-                loss = self.model(**batch).loss
+                loss = self.loss(batch)
             extra = penalty(self.attachment)
             self.accelerator.backward(loss if extra is None else loss + extra)
         self.update(loss.detach(), rows, started)

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from deltatune.core.motion import penalty
 from deltatune.core.route import Pool, pool
 from deltatune.errors import DeltaTuneError
 from deltatune.files import write_json
-from deltatune.tuning.encode import IGNORED, Row, collate
+from deltatune.tuning.encode import Row, collate
 from deltatune.tuning.loop import Loop, NonFiniteLoss, compute, deterministic
+from deltatune.tuning.loss import cross_entropy
 from deltatune.tuning.recipe import Run
 from deltatune.tuning.run import FAILURE, Session, claim, conclude, finished
 
@@ -136,9 +136,3 @@ class Together:
             batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
         logits = model(**batch).logits
         return (logits[:, :-1], labels[:, 1:]) if self.kind == "causal" else (logits, labels)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean over the labels that count, as transformers' models do."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)

@@ -35,8 +35,9 @@ RUN, RESULT, FAILURE, PREDICTIONS = "run.json", "result.json", "failure.json", "
 def tune(run: Run, folder: Path | str, on_step: OnStep | None = None, cache: Bound | None = None) -> dict[str, Any]:
     """Train `run` in `folder` and return its result; a finished run is returned as it is, a begun one continued.
 
-    `cache` bounds what is kept of the blocks that no trained tensor reaches, 1 GB in memory where it is not given. Scores are in percent, times in seconds, memory in bytes. `on_step` gets every line of `log.jsonl`. An error is
-    written to `failure.json` and raised; raises `DeltaTuneError` when the folder holds another run.
+    Scores are in percent, times in seconds, memory in bytes. `on_step` gets every line of `log.jsonl`. An error is
+    written to `failure.json` and raised; raises `DeltaTuneError` when the folder holds another run. `cache` bounds what
+    is kept of the blocks that no trained tensor reaches; it changes no result, and is 1 GB in memory unless given.
     """
     folder = Path(folder)
     claim(run, folder)

@@ -1,0 +1,231 @@
+"""The training loss without what it does not ask for: the same number and gradients as the backbone's own, to rounding.
+
+    loss = mean over the labels that count of -log softmax(h W^T + b)[label]
+
+Behind the last attention every token is on its own, so the last feed-forward layer and the head see those tokens only
+whose labels count. Where the head is a frozen linear layer without a delta, and what it puts out are the logits, product
+and loss are computed in chunks of tokens together with the gradient of h, so that all logits are never there at once.
+What holds for a backbone shows on two rows; where nothing does, its own loss is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltatune.core.attach import attachments
+from deltatune.core.calls import Ports, run
+from deltatune.core.frozen import standing
+from deltatune.core.ports import PORTS, Call, Edit
+from deltatune.core.site import anatomy
+from deltatune.tuning.encode import IGNORED
+
+CHUNK = 1 << 24  # logits that are there at once: 64 MiB in float32
+
+Batch = dict[str, Tensor]
+Loss = Callable[[Batch], Tensor]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean over the labels that count, of logits [..., vocabulary], as transformers' models do."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """cross_entropy(x W^T + b, labels) for x [tokens, d] and labels [tokens], with the gradient of x made on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, labels: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        W, b = W.to(dtype), None if b is None else b.to(dtype)
+        losses, gradient, size = [], torch.empty_like(x), max(1, CHUNK // W.shape[0])
+        for own, wanted, out in zip(x.split(size), labels.split(size), gradient.split(size), strict=True):
+            logits = F.linear(own.to(dtype), W, b)
+            log_p = logits.to(torch.promote_types(dtype, torch.float32)).log_softmax(-1)
+            losses.append(-log_p.gather(1, wanted[:, None]).sum())
+            slope = log_p.exp_().scatter_add_(1, wanted[:, None], log_p.new_full((len(wanted), 1), -1.0))
+            out.copy_((slope / len(labels)).to(dtype) @ W)
+        ctx.save_for_backward(gradient)
+        return torch.stack(losses).sum() / len(labels)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * slope.to(gradient.dtype), None, None, None
+
+
+class Tokens:
+    """Some tokens of a batch, at `index` of all its tokens behind one another.
+
+    pre on a module hands on their hidden states alone; post on it or on a later one puts zeros in the place of the others;
+    around does both.
+    """
+
+    method = "asked tokens"
+
+    def __init__(self, index: Tensor) -> None:
+        self.index = index
+        self.shape = torch.Size()
+
+    def pre(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        x, *others = args
+        self.shape = x.shape[:-1]
+        some = x.flatten(0, -2).index_select(0, self.index)
+        return (some[None] if x.dim() > 2 else some, *others), kwargs
+
+    def post(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        every = y.new_zeros(self.shape.numel(), y.shape[-1])
+        return every.index_copy_(0, self.index, y.flatten(0, -2)).unflatten(0, self.shape)
+
+    def around(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return self.post(here, args, kwargs, run(Ports(here.module), *self.pre(here, args, kwargs)))
+
+
+class Chunks:
+    """around the head: compute the loss in chunks, and hand on no logits."""
+
+    method = "chunked loss"
+
+    def __init__(self, labels: Tensor) -> None:
+        self.labels = labels
+        self.loss: Tensor | None = None
+
+    def around(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        head: Any = here.module
+        self.loss = ChunkedLoss.apply(args[0][0], head.weight, head.bias, self.labels)
+        return args[0].new_empty(1, 0, head.out_features)
+
+
+class Look:
+    """around a module: remembers what came in and what came out."""
+
+    method = "seen"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, Any]] = []
+
+    def around(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        y = run(Ports(here.module), args, kwargs)
+        self.calls.append((args[0] if args else None, y))
+        return y
+
+    def by_token(self, tokens: int) -> bool:
+        """Whether it was called once, from one hidden state to another for each token."""
+        (x, y), *more = self.calls or [(None, None)]
+        both = isinstance(x, Tensor) and isinstance(y, Tensor)
+        return both and not more and x.shape[:-1] == y.shape[:-1] and x.shape[:-1].numel() == tokens
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Where the loss is read: the head, and the modules at which the last feed-forward layer begins and ends, if they are known.
+
+    `shifted` where a token's label is the next one's, `decodes` where another stack reads the input.
+    """
+
+    head: nn.Module
+    ffn: tuple[nn.Module, nn.Module] | None
+    shifted: bool
+    decodes: bool
+    chunked: bool = False
+
+    def edits(self, index: Tensor, chunks: Chunks) -> list[Edit]:
+        """Return the ports of one forward pass that answers for the tokens at `index`."""
+        edits = [Edit(self.head, "pre", Tokens(index))]
+        if self.chunked:
+            edits.append(Edit(self.head, "around", chunks))
+        if self.ffn is None:
+            return edits
+        (enter, leave), tokens = self.ffn, Tokens(index)
+        if enter is leave:
+            return [*edits, Edit(enter, "around", tokens)]
+        return [*edits, Edit(enter, "pre", tokens), Edit(leave, "post", tokens)]
+
+    def asked(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the places of the tokens, counted through the batch, whose labels count, and these labels."""
+        wanted = F.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.shifted else labels
+        index = (wanted.flatten() != IGNORED).nonzero()[:, 0]
+        return index, wanted.flatten()[index]
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The loss of a model on a batch, read as `reading` says."""
+
+    model: Any
+    reading: Reading
+
+    def __call__(self, batch: Batch) -> Tensor:
+        index, labels = self.reading.asked(batch["labels"])
+        chunks = Chunks(labels)
+        given = {name: value for name, value in batch.items() if name != "labels"}
+        if self.reading.decodes:
+            given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        with standing(self.model, self.reading.edits(index, chunks)):
+            logits = self.model(**given).logits
+        return cross_entropy(logits, labels) if chunks.loss is None else chunks.loss
+
+
+def make_loss(model: Any, batch: Batch) -> Loss:
+    """Return the cheapest loss that is the model's own on this batch of two rows."""
+
+    def own(batch: Batch) -> Tensor:
+        return model(**batch).loss
+
+    reading, tokens = _reading(model), batch["labels"].numel()
+    if reading is None:
+        return own
+    head, first, last = Look(), Look(), Look()
+    watched = [(reading.head, head), *zip(reading.ffn or (), (first, last), strict=False)]
+    watched = list({module: (module, seen) for module, seen in watched}.values())
+    with torch.no_grad():
+        with standing(model, [Edit(module, "around", seen) for module, seen in watched]):
+            plain = model(**batch)
+        if not head.by_token(tokens):
+            return own
+        if not all(seen.by_token(tokens) for _, seen in watched):
+            reading = replace(reading, ffn=None)
+        reading = replace(reading, chunked=plain.logits is head.calls[0][1] and _is_plain(reading.head))
+        close = max(torch.finfo(y.dtype).eps for y in (plain.logits, plain.loss)) ** 0.5
+        for one in (reading, replace(reading, ffn=None)):
+            found = TokenLoss(model, one)
+            if torch.isclose(found(batch).to(plain.loss.dtype), plain.loss, rtol=close, atol=close):
+                return found
+    return own
+
+
+def _reading(model: Any) -> Reading | None:
+    """Return where the loss of a model is read, as its anatomy and its deltas have it; None where there is not one head."""
+    parts = anatomy(model)
+    heads = [place for place in parts.places if place.role == "head"]
+    if len(heads) != 1 or not parts.stacks:
+        return None
+    head, stack = model.get_submodule(heads[0].path), parts.stacks[-1]
+    layer = (stack.name, stack.layers - 1)
+    ffn = [place for place in parts.places if place.role == "ffn" and (place.stack, place.layer) == layer]
+    placements = [p for attached in attachments(model).values() for p in attached.placements]
+    counting = any(p.method.computes.acts == "positions" and (p.site.stack, p.site.layer) == layer for p in placements)
+    ends = None
+    if len(ffn) == 1 and not counting:
+        ends = model.get_submodule(ffn[0].path), model.get_submodule(ffn[0].exit or ffn[0].path)
+        ends = ends if ends[0] is ends[1] or not _has_pre(ends[0]) else None
+    one = len(parts.stacks) == 1
+    return None if _has_pre(head) else Reading(head, ends, one and stack.causal, not one)
+
+
+def _has_pre(module: nn.Module) -> bool:
+    """Whether something changes or keeps what comes into a module, before a port that is put there now."""
+    return PORTS in vars(module) and bool(vars(module)[PORTS].pre)
+
+
+def _is_plain(head: Any) -> bool:
+    """Whether a head is a linear layer whose weight is there as it is, and nothing else acts on it."""
+    held = [] if type(head) is not nn.Linear else [p for p in (head.weight, head.bias) if p is not None]
+    return bool(held) and all(type(p.data) is Tensor and not (p.requires_grad or p.is_meta) for p in held)
