@@ -1,9 +1,10 @@
 """What the frozen blocks make of each example, kept from one epoch to the next, so that later epochs skip these blocks.
 
 A row's hidden states are those of its batch in the first epoch, whatever step the run is at, without the padding, which
-every batch gives them anew as zeros. So a run that was killed has the numbers of one that was not, and the first epoch
-has, bit for bit, those of a run without a cache. Later, sums over a row may run in another order than beside its batch
-of that epoch. Rows beyond the bound are computed again in every batch that they are in.
+every batch gives them anew as zeros. So a run that was killed has the numbers of one that was not. The first epoch has
+those of a run without a cache bit for bit, unless the last block is skipped too, whose feed-forward layer ran on all
+tokens then (see `loss`); later epochs have them to rounding, as sums over a row may run in another order beside other
+rows. Rows beyond the bound are computed again in every batch that they are in.
 """
 
 from __future__ import annotations
