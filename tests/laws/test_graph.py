@@ -49,6 +49,8 @@ def test_nothing_is_kept_below_the_lowest_trained_site(method: Method, name: str
         y = model(**given)
     assert reached and below == []
     assert y.logits.requires_grad
-    behind = all((p.site.role, p.site.side) == ("block", "out") for p in attachment.placements) and method.acts != "tensor"
+    behind = (
+        all((p.site.role, p.site.side) == ("block", "out") for p in attachment.placements) and method.acts != "tensor"
+    )
     frozen = frozen_blocks(model, lambda: model(**given)).blocks
     assert len(frozen) == sum(s.layers for s in anatomy(model).stacks) - (not behind)
