@@ -55,8 +55,10 @@ def trained(
     return lines(folder), [p.detach().clone() for p in loop.parameters], loop.cache
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize("delta", DELTAS)
+@pytest.mark.parametrize(
+    ("kind", "delta"),
+    [(kind, delta) for at, kind in enumerate(tiny.KINDS) for delta in (DELTAS[0], DELTAS[1 + at % 3])],
+)
 def test_it_changes_nothing(kind: str, delta: str, tmp_path: Path) -> None:
     off, parameters, none = trained(tmp_path / "off", kind, delta, Bound(0))
     on, same, cache = trained(tmp_path / "on", kind, delta)

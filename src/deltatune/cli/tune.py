@@ -110,13 +110,19 @@ def tune(
     Stop it with Ctrl-C, or in any other way: the same command continues where the last checkpoint was.
     """
     given = locals()
-    recipe = Recipe(**{name: given[name] for name in Recipe().to_json()})
+    run, bound = _asked(given)
+    _show(run, out or Path("runs") / f"{Path(task).name}-{run.id}", bound)
+
+
+def _asked(given: dict[str, Any]) -> tuple[Run, Bound]:
+    """Return what the options say to train, and how much to keep of the blocks below the delta."""
     from deltatune.tuning import Run
     from deltatune.tuning.cache import Bound
 
-    bound = Bound.read(cache, cache_on_disk)
-    run = Run(delta, backbone, task, recipe, seed, None if start is None else str(start))
-    _show(run, out or Path("runs") / f"{Path(task).name}-{run.id}", bound)
+    recipe = Recipe(**{name: given[name] for name in Recipe().to_json()})
+    start = None if given["start"] is None else str(given["start"])
+    run = Run(given["delta"], given["backbone"], given["task"], recipe, given["seed"], start)
+    return run, Bound.read(given["cache"], given["cache_on_disk"])
 
 
 def _show(run: Run, folder: Path, cache: Bound) -> None:
