@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import deltatune as dt
 from benchmarks.benchmark import Benchmark, Result, Table
 from benchmarks.measure import Clock, Spread, ratios, show
@@ -70,7 +68,6 @@ def epochs(shape: Shape, delta: Any, counted: int, bound: Bound) -> Callable[[Cl
     def turn(clock: Clock) -> None:
         with dt.attach(model, delta) as attachment, tempfile.TemporaryDirectory() as folder:
             loop = Loop(attachment, rows, 0, recipe, 0, Path(folder), bound=bound)
-            loop.device = torch.device(shape.device)
             loop.prepare()
             order = loop.order()
             with loop.log:

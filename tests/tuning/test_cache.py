@@ -102,12 +102,12 @@ def test_a_row_has_the_states_of_its_batch_in_the_first_epoch(kind: str, tmp_pat
             assert torch.equal(model(**batch).loss, plain)
         for h, wanted in zip(cache.outputs(group), cache.frozen.outputs(lambda b=batch: model(**b)), strict=True):
             for row, index in enumerate(group):
-                length = given.length(cache.frozen.read[0], index)
+                length = given.length(cache.frozen.read[0].place.stack, index)
                 assert torch.equal(h[row, :length], wanted[row, :length]) and not h[row, length:].any()
     mixed = [group[0] for group in given.groups]
     apart = cache.frozen.outputs(lambda: model(**given.batch(mixed)))
     for index, (h, wanted) in enumerate(zip(cache.outputs(mixed)[0], apart[0], strict=True)):
-        length = given.length(cache.frozen.read[0], mixed[index])
+        length = given.length(cache.frozen.read[0].place.stack, mixed[index])
         torch.testing.assert_close(h[:length], wanted[:length])
 
 
@@ -138,7 +138,7 @@ def test_it_says_why_it_is_not_used(tmp_path: Path) -> None:
     assert "do not hold one batch" in refused(last, tmp_path, {}, Bound(100))
     assert "dropout" in refused(last, tmp_path, {"dropout": True}, Bound())
     assert "seen twice" in refused(last, tmp_path, {"steps": 8}, Bound())
-    assert "first block" in refused("LoRA()", tmp_path, {}, Bound())
+    assert "no block lies below" in refused("LoRA()", tmp_path, {}, Bound())
 
 
 def test_a_frozen_prompt_in_the_same_rows_keeps_it_away(tmp_path: Path) -> None:

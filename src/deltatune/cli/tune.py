@@ -191,7 +191,17 @@ def _summarize(console: Any, result: dict[str, Any], folder: Path) -> None:
     table.add_row(
         "time", f"{result['seconds']['total']:.0f} s, peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB"
     )
+    if cache := result.get("cache"):
+        table.add_row("blocks below the delta", _kept(cache))
     console.print(table)
     console.print(
         f'To use it: deltatune predict {folder} "some text"; in Python: dt.load(model, "{folder}")', soft_wrap=True
     )
+
+
+def _kept(cache: dict[str, Any]) -> str:
+    """Say what was kept of the blocks that the delta leaves alone, or why nothing was."""
+    if "off" in cache:
+        return f"computed in every step, as {cache['off']}"
+    size = f"{cache['bytes'] / 2**20:,.0f} MiB"
+    return f"{len(cache['skipped'])} computed once for each of {cache['examples']:,} examples ({size})"

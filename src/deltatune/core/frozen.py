@@ -23,13 +23,16 @@ from deltatune.core.ports import Edit
 from deltatune.core.site import Place, anatomy
 
 NAME = "frozen blocks"  # no attachment can have a name with a space
-# What a block hands on besides the hidden state: nothing, an argument of its own, or what has no rows and is made again.
-Rest = tuple[Literal["none", "made"], None] | tuple[Literal["argument"], int | str]
+# What a block hands on besides the hidden state: nothing, an argument by its place or name, or what it makes for all rows alike.
+Rest = tuple[Literal["nothing", "made"], None] | tuple[Literal["argument"], int | str]
 
 
 @dataclass(frozen=True)
 class FrozenBlock:
-    """A block that is frozen: its hidden state's name, width and dtype, what else it hands on, and whether something reads it."""
+    """A frozen block: what its hidden state is called and how large it is, what else it hands on, and whether that state is read.
+
+    `rest` is None where it hands on the hidden state alone, and not in a tuple.
+    """
 
     place: Place
     module: nn.Module
@@ -66,27 +69,22 @@ class Watch:
     def around(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         y = run(Ports(here.module), args, kwargs)
         first = first_argument(here.module)
-        h, others = (y[0], y[1:]) if isinstance(y, tuple) else (y, None)
+        h, *others = y if isinstance(y, tuple) else (y,)
+        rest = [_rest(item, args, kwargs) for item in others]
+        known = tuple(item for item in rest if item is not None)
         block = None
-        if isinstance(h, Tensor) and h.dim() == 3 and not h.requires_grad:
-            rest = None if others is None else [_rest(item, args, kwargs) for item in others]
-            block = _block(self.place, here, first, h, rest)
+        if isinstance(h, Tensor) and h.dim() == 3 and not h.requires_grad and len(known) == len(rest):
+            length, width = h.shape[1:]
+            handed = known if isinstance(y, tuple) else None
+            block = FrozenBlock(self.place, here.module, first, length, width, h.dtype, handed, bool(here.post))
         self.seen.append(Seen(self.place, args[0] if args else kwargs[first], h, block))
         return y
 
 
-def _block(place: Place, here: Ports, first: str, h: Tensor, rest: list[Rest | None] | None) -> FrozenBlock | None:
-    known = None if rest is None else tuple(item for item in rest if item is not None)
-    if rest is not None and len(rest) != len(known or ()):
-        return None
-    length, width = h.shape[1:]
-    return FrozenBlock(place, here.module, first, length, width, h.dtype, known, read=bool(here.post))
-
-
 def _rest(item: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rest | None:
-    """Say how to make again what a block of two rows handed on; None where that is not known."""
+    """Say how to come by what a block of two rows handed on; None where that is not known."""
     if item is None:
-        return "none", None
+        return "nothing", None
     for name, value in (*enumerate(args), *kwargs.items()):
         if item is value:
             return "argument", name
@@ -122,20 +120,15 @@ class Skip:
         h = self.output
         if h is None:
             h = args[0] if args else kwargs[self.block.first]
-        return h if self.block.rest is None else (h, *self._rest(here.module, self.block.rest, args, kwargs))
-
-    def _rest(
-        self, module: nn.Module, rest: tuple[Rest, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> list[Any]:
-        made: Any = (None,) * (len(rest) + 1)
-        if any(how == "made" for how, _ in rest):
+        rest = self.block.rest
+        if rest is None:
+            return h
+        made: Any = [None] * (len(rest) + 1)
+        if ("made", None) in rest:
             with torch.no_grad():
-                made = run(Ports(module), _one_row(args), _one_row(kwargs))
-        found = []
-        for place, (how, name) in enumerate(rest):
-            argument = args[name] if isinstance(name, int) else kwargs.get(name) if name else None
-            found.append(argument if how == "argument" else made[place + 1])
-        return found
+                made = run(Ports(here.module), _one_row(args), _one_row(kwargs))
+        given = {**dict(enumerate(args)), **kwargs}
+        return (h, *(given[name] if name is not None else own for (_, name), own in zip(rest, made[1:], strict=True)))
 
 
 def _one_row(value: Any) -> Any:
@@ -153,6 +146,9 @@ class FrozenBlocks:
     def __init__(self, model: nn.Module, blocks: Sequence[FrozenBlock]) -> None:
         self.model, self.blocks = model, blocks
         self.read = [block for block in blocks if block.read]
+        self.by_stack: dict[str, list[FrozenBlock]] = {}
+        for block in blocks:
+            self.by_stack.setdefault(block.place.stack, []).append(block)
 
     @torch.no_grad()
     def outputs(self, call: Callable[[], Any]) -> list[Tensor]:

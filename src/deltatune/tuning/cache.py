@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +63,18 @@ class Data:
         order = sorted(range(len(self.rows)), key=lambda index: len(self.rows[index].input))
         return [order[0], order[len(order) // 2]]
 
-    def length(self, block: FrozenBlock, index: int) -> int:
-        """Return how many tokens of a row a block sees: its input's, or its labels' in the stack that writes."""
+    def length(self, stack: str, index: int) -> int:
+        """Return how many tokens of a row a stack sees: its input's, or its labels' where the stack writes."""
         row = self.rows[index]
-        return len(row.labels if block.place.stack == "decoder" else row.input)
+        return len(row.labels if stack == "decoder" else row.input)
+
+    def ends(self, stack: str, indices: Sequence[int]) -> dict[int, tuple[int, int]]:
+        """Return where each row begins and ends when the tokens of some rows lie behind one another."""
+        found, end = {}, 0
+        for index in indices:
+            found[index] = end, end + self.length(stack, index)
+            end = found[index][1]
+        return found
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return some rows as a padded batch."""
@@ -88,15 +95,13 @@ class NoCache:
 class Shelf:
     """The hidden states of one block without padding, behind one another: [tokens of all rows that are kept, width]."""
 
-    def __init__(self, block: FrozenBlock, lengths: Mapping[int, int], folder: Path | None) -> None:
-        ends = list(accumulate(lengths.values()))
-        self.held = _numbers(ends[-1] * block.width, block.dtype, folder).view(-1, block.width)
-        self.ends, self.lengths = dict(zip(lengths, ends, strict=True)), lengths
+    def __init__(self, block: FrozenBlock, ends: Mapping[int, tuple[int, int]], folder: Path | None) -> None:
+        self.ends, tokens = ends, max(end for _, end in ends.values())
+        self.held = _numbers(tokens * block.width, block.dtype, folder).view(tokens, block.width)
 
     def row(self, index: int) -> Tensor:
         """Return what is kept of one row [tokens, width], to be read or written to."""
-        end = self.ends[index]
-        return self.held[end - self.lengths[index] : end]
+        return self.held[slice(*self.ends[index])]
 
     @property
     def bytes(self) -> int:
@@ -110,9 +115,8 @@ def _numbers(count: int, dtype: torch.dtype, folder: Path | None) -> Tensor:
         return torch.empty(count, dtype=dtype)
     size = count * dtype.itemsize
     try:
-        with tempfile.TemporaryFile(
-            dir=folder
-        ) as file:  # without a name: it goes when the process does, however that ends
+        # The file has no name, so it goes when the process does, however that ends.
+        with tempfile.TemporaryFile(dir=folder) as file:
             if sys.platform == "linux":  # so that a full disk is an error here, and not a signal at some later write
                 os.posix_fallocate(file.fileno(), 0, size)
             return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype)
@@ -128,11 +132,10 @@ class Cache:
     def __init__(self, frozen: FrozenBlocks, data: Data, kept: Sequence[int], folder: Path | None) -> None:
         self.frozen, self.data = frozen, data
         self.index = {id(row): index for index, row in enumerate(data.rows)}
-        self.group = {index: tuple(group) for group in data.groups for index in group}
+        self.group = {index: number for number, group in enumerate(data.groups) for index in group}
         self.kept, self.missing = frozenset(kept), set(kept)
-        self.shelves = [
-            Shelf(block, {index: data.length(block, index) for index in kept}, folder) for block in frozen.read
-        ]
+        ends = {stack: data.ends(stack, kept) for stack in frozen.by_stack}
+        self.shelves = [Shelf(block, ends[block.place.stack], folder) for block in frozen.read]
 
     @property
     def report(self) -> dict[str, Any]:
@@ -150,8 +153,8 @@ class Cache:
 
     def outputs(self, indices: Sequence[int]) -> list[Tensor]:
         """Return what each block that is read puts out for a batch of rows, [rows, tokens, width], padded with zeros."""
-        for group in dict.fromkeys(self.group[index] for index in indices if index in self.missing):
-            self._keep(group)
+        for number in dict.fromkeys(self.group[index] for index in indices if index in self.missing):
+            self._keep(self.data.groups[number])
         beyond = [index for index in indices if index not in self.kept]
         computed = self._compute(beyond) if beyond else [{} for _ in self.shelves]
         batch = []
@@ -170,7 +173,7 @@ class Cache:
         """Run the frozen blocks on some rows, and return each row's states [tokens, width], for each block that is read."""
         outputs = self.frozen.outputs(lambda: self.frozen.model(**self.data.batch(indices)))
         return [
-            {index: h[row, : self.data.length(block, index)].cpu() for row, index in enumerate(indices)}
+            {index: h[row, : self.data.length(block.place.stack, index)].cpu() for row, index in enumerate(indices)}
             for block, h in zip(self.frozen.read, outputs, strict=True)
         ]
 
@@ -178,9 +181,9 @@ class Cache:
 def fitting(frozen: FrozenBlocks, data: Data, room: int) -> list[int]:
     """Return the rows whose states fit into `room` bytes: the first ones of the first epoch, in whole batches."""
     kept: list[int] = []
+    numbers = {s: sum(b.width * b.dtype.itemsize for b in blocks if b.read) for s, blocks in frozen.by_stack.items()}
     for group in data.groups:
-        for block in frozen.read:
-            room -= sum(data.length(block, index) for index in group) * block.width * block.dtype.itemsize
+        room -= sum(size * data.length(stack, index) for stack, size in numbers.items() for index in group)
         if room < 0:
             break
         kept += group
@@ -198,8 +201,9 @@ def frozen_cache(model: Any, data: Data, recipe: Recipe, bound: Bound, folder: P
     batch = data.batch(data.probe)
     frozen = frozen_blocks(model, lambda: model(**batch))
     if not frozen.blocks:
-        return NoCache("the delta acts in the first block of every stack, or before it")
-    if any(block.length != max(data.length(block, index) for index in data.probe) for block in frozen.blocks):
+        return NoCache("no block lies below the delta")
+    lengths = {stack: max(data.length(stack, index) for index in data.probe) for stack in frozen.by_stack}
+    if any(block.length != lengths[block.place.stack] for block in frozen.blocks):
         return NoCache("the blocks see tokens that are not of the examples")
     kept = fitting(frozen, data, bound.bytes)
     if not kept:
