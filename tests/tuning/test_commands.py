@@ -131,3 +131,30 @@ def test_a_bad_line_of_a_file_is_named(
     file.write_text('{"input": "a"}\n{"text": "b"}\n')
     code, _, errors = call(capsys, monkeypatch, "predict", str(tmp_path), "--file", str(file))
     assert code == 2 and "line 2" in errors and '"input"' in errors
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--cache", "1MB", "--cache-on-disk"], "1 computed once for each of 64 examples (0 MiB)"),
+        (["--cache", "0"], "computed in every step, as no room is given to it"),
+    ],
+)
+def test_tune_says_what_it_kept_of_the_blocks_below(
+    option: list[str],
+    said: str,
+    names: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = ["tune", *names, *QUICK, "--steps", "10", "--no-test", "--delta", "LastLayers()"]
+    code, shown, _ = call(capsys, monkeypatch, *command, *option, "--out", str(tmp_path / "run"))
+    assert code == 0 and said in " ".join(shown.split())
+
+
+def test_a_cache_that_is_no_size_is_refused(
+    names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, errors = call(capsys, monkeypatch, "tune", *names, "--cache", "much", "--out", str(tmp_path / "run"))
+    assert code != 0 and "'much' is not a size" in " ".join(errors.split()) and not (tmp_path / "run").exists()
