@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,10 +17,10 @@ HEAVY = ("torch", "transformers", "datasets", "sklearn", "matplotlib", "torchmet
 SETTINGS = {"COLUMNS": "250", "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 HELPS = [
     (), ("tune",), ("eval",), ("predict",), ("pretrain",), ("methods",), ("sites",),
-    ("inspect",), ("convert",), ("merge",), ("diff",),
+    ("inspect",), ("convert",), ("merge",), ("diff",), ("place",),
     ("study",), ("study", "run"), ("study", "status"), ("study", "report"),
 ]  # fmt: skip
-WITH_EXAMPLE = [("sites",), ("inspect",), ("tune",), ("convert",), ("merge",), ("diff",)]
+WITH_EXAMPLE = [("sites",), ("place",), ("inspect",), ("tune",), ("convert",), ("merge",), ("diff",)]
 
 
 def run(*words: str, folder: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -87,6 +88,17 @@ def test_methods_counts_on_a_backbone() -> None:
     assert "{attn.{q,v},cross.{q,v}?}" in line
     assert "rank (d_in + d_out) a site" in line
     assert line.rstrip().endswith("%)")
+
+
+def test_place_prints_a_delta_that_fits_the_budget() -> None:
+    done = run("place", "pebble", "topic", "--budget", "20000", "--examples", "8", "--json")
+    found = json.loads(done.stdout)
+    assert found["parameters"] <= 20000
+    sites = run("sites", "pebble", "--delta", found["delta"])
+    assert f"{found['parameters']:,} trained parameters" in sites.stdout
+    refused = run("place", "pebble", "topic", "--budget", "10")
+    assert refused.returncode == 2
+    assert "a budget of 10 parameters holds no candidate" in refused.stderr
 
 
 def test_sites_counts_what_the_library_would_train() -> None:

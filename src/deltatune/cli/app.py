@@ -16,6 +16,7 @@ from deltatune.cli.evaluate import evaluate
 from deltatune.cli.inspect import inspect
 from deltatune.cli.merge import merge
 from deltatune.cli.methods import methods
+from deltatune.cli.place import place
 from deltatune.cli.predict import predict
 from deltatune.cli.pretrain import pretrain
 from deltatune.cli.sites import sites
@@ -73,6 +74,7 @@ LOOK, RUN, TURN, MAKE = "Look around", "One run, many runs", "Compare and change
 app.command("methods", rich_help_panel=LOOK)(methods)
 app.command("sites", rich_help_panel=LOOK)(sites)
 app.command("inspect", rich_help_panel=LOOK)(inspect)
+app.command("place", rich_help_panel=LOOK)(place)
 app.command("tune", rich_help_panel=RUN)(tune)
 app.command("eval", rich_help_panel=RUN)(evaluate)
 app.command("predict", rich_help_panel=RUN)(predict)

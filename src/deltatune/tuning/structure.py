@@ -81,7 +81,7 @@ class _Search:
         named = dict(attachment.named_parameters())
         self.z = [named[p.name("z")] for p in self.placements]
         weights = {id(z) for z in self.z}
-        self.sizes = torch.tensor([float(_size(p)) for p in self.placements])
+        self.sizes = torch.tensor([float(size(p)) for p in self.placements])
         if budget < self.sizes.min():
             least = int(self.sizes.min())
             raise DeltaTuneError(f"a budget of {budget:,} parameters holds no candidate; the smallest has {least:,}.")
@@ -119,19 +119,31 @@ class _Search:
 
     def result(self, candidates: Delta) -> Structure:
         """Take the likeliest candidates that fit into the budget."""
-        p = self.probabilities().detach()
-        chosen, left = [], self.budget
-        for i in p.argsort(descending=True, stable=True).tolist():
-            if self.sizes[i] <= left:
-                chosen.append(i)
-                left -= int(self.sizes[i])
-        terms = []
-        for index, term in enumerate(candidates.terms):
-            sites = [self.placements[i].site for i in sorted(chosen) if self.placements[i].term == index]
-            if sites:
-                terms.append(Term("{" + ",".join(dict.fromkeys(map(address, sites))) + "}", term.method))
+        p = self.probabilities().detach().tolist()
+        delta, parameters = fill(candidates, self.placements, p, self.budget)
         names = [f"{candidates.terms[q.term].method} at {q.site.address}" for q in self.placements]
-        return Structure(Delta(tuple(terms)), self.budget - left, dict(zip(names, p.tolist(), strict=True)))
+        return Structure(delta, parameters, dict(zip(names, p, strict=True)))
+
+
+def fill(candidates: Delta, placements: Sequence[Placement], worth: Sequence[float], budget: int) -> tuple[Delta, int]:
+    """Return the delta of the placements of most worth that fit into a budget, and its trained parameters.
+
+    Raises `DeltaTuneError` when not even the smallest fits.
+    """
+    sizes = [size(placement) for placement in placements]
+    if budget < min(sizes):
+        raise DeltaTuneError(f"a budget of {budget:,} parameters holds no candidate; the smallest has {min(sizes):,}.")
+    chosen, left = [], budget
+    for i in sorted(range(len(sizes)), key=lambda i: -worth[i]):
+        if sizes[i] <= left:
+            chosen.append(i)
+            left -= sizes[i]
+    terms = []
+    for index, term in enumerate(candidates.terms):
+        sites = [placements[i].site for i in sorted(chosen) if placements[i].term == index]
+        if sites:
+            terms.append(Term("{" + ",".join(dict.fromkeys(map(address, sites))) + "}", term.method))
+    return Delta(tuple(terms)), budget - left
 
 
 def solve(alpha: Tensor, sizes: Tensor, budget: float, beta: float) -> Tensor:
@@ -153,5 +165,6 @@ def address(site: Site) -> str:
     return f"{stack}{site.role}[{site.layer}]{side}"
 
 
-def _size(placement: Placement) -> int:
+def size(placement: Placement) -> int:
+    """Return how many trained parameters a placement has, without the weight that a search gives it."""
     return sum(prod(leaf.shape) for name, leaf in placement.leaves.items() if leaf.trained and name != "z")
