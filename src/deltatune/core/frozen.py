@@ -155,7 +155,7 @@ class FrozenBlocks:
         """Run `call`, a forward pass, up to the last frozen block, and return the hidden states that are read."""
         kept: list[Tensor] = []
         edits = [Edit(block.module, "around", Keep(kept, block is self.read[-1])) for block in self.read]
-        with standing(self.model, edits), suppress(_Enough):
+        with edited(self.model, edits), suppress(_Enough):
             call()
         return kept
 
@@ -164,12 +164,12 @@ class FrozenBlocks:
         """The scope in which the frozen blocks are skipped, because these are the hidden states that are read."""
         known = iter(outputs)
         skips = [Skip(block, next(known) if block.read else None) for block in self.blocks]
-        with standing(self.model, [Edit(skip.block.module, "around", skip) for skip in skips]):
+        with edited(self.model, [Edit(skip.block.module, "around", skip) for skip in skips]):
             yield
 
 
 @contextmanager
-def standing(model: nn.Module, edits: list[Edit]) -> Iterator[None]:
+def edited(model: nn.Module, edits: list[Edit]) -> Iterator[None]:
     """The scope in which these ports stand at the model's modules."""
     link = Link(model, NAME, nn.Module(), NAME)
     try:
@@ -186,7 +186,7 @@ def frozen_blocks(model: nn.Module, call: Callable[[], Any]) -> FrozenBlocks:
     """
     places = [place for place in anatomy(model).places if place.role == "block"]
     seen: list[Seen] = []
-    with torch.enable_grad(), standing(model, [_watched(model, place, seen) for place in places]):
+    with torch.enable_grad(), edited(model, [_watched(model, place, seen) for place in places]):
         call()
     calls = Counter(one.place.path for one in seen)
     found: list[FrozenBlock] = []

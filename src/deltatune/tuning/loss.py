@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from deltatune.core.attach import attachments
 from deltatune.core.calls import Ports, run
-from deltatune.core.frozen import standing
+from deltatune.core.frozen import edited
 from deltatune.core.ports import PORTS, Call, Edit
 from deltatune.core.site import anatomy
 from deltatune.tuning.encode import IGNORED
@@ -51,14 +51,15 @@ class ChunkedLoss(torch.autograd.Function):
             log_p = logits.to(torch.promote_types(dtype, torch.float32)).log_softmax(-1)
             losses.append(-log_p.gather(1, wanted[:, None]).sum())
             slope = log_p.exp_().scatter_add_(1, wanted[:, None], log_p.new_full((len(wanted), 1), -1.0))
-            out.copy_((slope / len(labels)).to(dtype) @ W)
+            out.copy_(slope.to(dtype) @ W)
         ctx.save_for_backward(gradient)
+        ctx.tokens = len(labels)
         return torch.stack(losses).sum() / len(labels)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        return gradient * slope.to(gradient.dtype), None, None, None
+        return gradient * (slope / ctx.tokens).to(gradient.dtype), None, None, None
 
 
 class Tokens:
@@ -168,7 +169,7 @@ class TokenLoss:
         given = {name: value for name, value in batch.items() if name != "labels"}
         if self.reading.decodes:
             given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
-        with standing(self.model, self.reading.edits(index, chunks)):
+        with edited(self.model, self.reading.edits(index, chunks)):
             logits = self.model(**given).logits
         return cross_entropy(logits, labels) if chunks.loss is None else chunks.loss
 
@@ -186,9 +187,9 @@ def make_loss(model: Any, batch: Batch) -> Loss:
     watched = [(reading.head, head), *zip(reading.ffn or (), (first, last), strict=False)]
     watched = list({module: (module, seen) for module, seen in watched}.values())
     with torch.no_grad():
-        with standing(model, [Edit(module, "around", seen) for module, seen in watched]):
+        with edited(model, [Edit(module, "around", seen) for module, seen in watched]):
             plain = model(**batch)
-        if not head.by_token(tokens):
+        if not head.by_token(tokens) or head.calls[0][0].shape[:-1] != batch["labels"].shape:
             return own
         if not all(seen.by_token(tokens) for _, seen in watched):
             reading = replace(reading, ffn=None)
