@@ -203,7 +203,7 @@ def make_loss(model: Any, batch: Batch) -> Loss:
 
 
 def _reading(model: Any) -> Reading | None:
-    """Return where the loss of a model is read, as its anatomy and its deltas have it; None where there is not one head."""
+    """Return where the loss of a model is read, as its anatomy and its deltas have it; None where that is not known."""
     parts = anatomy(model)
     heads = [place for place in parts.places if place.role == "head"]
     if len(heads) != 1 or not parts.stacks:
@@ -217,8 +217,9 @@ def _reading(model: Any) -> Reading | None:
     if len(ffn) == 1 and not counting:
         ends = model.get_submodule(ffn[0].path), model.get_submodule(ffn[0].exit or ffn[0].path)
         ends = ends if ends[0] is ends[1] or not _has_pre(ends[0]) else None
-    one = len(parts.stacks) == 1
-    return None if _has_pre(head) else Reading(head, ends, one and stack.causal, not one)
+    decodes = len(parts.stacks) > 1
+    known = not decodes or "prepare_decoder_input_ids_from_labels" in dir(model)
+    return Reading(head, ends, stack.causal and not decodes, decodes) if known and not _has_pre(head) else None
 
 
 def _has_pre(module: nn.Module) -> bool:
