@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import deltatune as dt
 from deltatune.errors import DeltaTuneError
 from deltatune.tuning import tune
 from deltatune.tuning.cache import Bound, Cache, Data, NoCache, frozen_cache
-from deltatune.tuning.encode import Codec, Row, epoch_order
+from deltatune.tuning.encode import IGNORED, Codec, Row, collate, epoch_order
 from deltatune.tuning.recipe import Recipe, Run
 from tests.tuning import backbones as tiny
 from tests.tuning import training
@@ -86,7 +87,7 @@ def data(kind: str) -> tuple[Any, Data]:
     codec = Codec(backbone, RECIPE.max_input, RECIPE.max_target)
     rows = training.rows(codec)
     groups = epoch_order([row.tokens for row in rows], RECIPE.batch, 0, 0)
-    return backbone.model, Data(rows, groups, codec.pad, torch.device("cpu"))
+    return backbone.model, Data(rows, groups, lambda own: collate(own, codec.pad))
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -175,6 +176,28 @@ def test_a_run_tells_what_it_kept(tmp_path: Path) -> None:
     kept = tune(run, tmp_path / "on")["cache"]
     assert (kept["skipped"], kept["kept"], kept["examples"]) == (["model.layers.0"], ["model.layers.0"], 64)
     assert tune(run, tmp_path / "off", cache=Bound(0))["cache"] == {"off": "no room is given to it"}
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq", "masked"])
+def test_batches_may_be_padded_further_than_their_rows(kind: str, tmp_path: Path) -> None:
+    model, given = data(kind)
+
+    def wider(own: Sequence[Row]) -> dict[str, torch.Tensor]:
+        fills = {"labels": IGNORED}
+        return {
+            name: torch.nn.functional.pad(t, (0, 16 - t.shape[1]), value=fills.get(name, 0))
+            for name, t in given.collate(own).items()
+        }
+
+    given_wider = dataclasses.replace(given, collate=wider)
+    dt.attach(model, dt.LoRA().at("head"))
+    cache = frozen_cache(model, given_wider, RECIPE, Bound(), tmp_path)
+    assert isinstance(cache, Cache)
+    for group in given.groups:
+        batch = given_wider.batch(group)
+        with cache.given([given.rows[index] for index in group]):
+            skipped = model(**batch).loss
+        assert torch.equal(skipped, model(**batch).loss)
 
 
 def test_rows_that_are_equal_are_rows_of_their_own(tmp_path: Path) -> None:

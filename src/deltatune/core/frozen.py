@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from deltatune.core.attach import Link, put, take_off
 from deltatune.core.builders import first_argument
@@ -109,7 +110,10 @@ class Keep:
 
 
 class Skip:
-    """around: hands on a known hidden state instead of calling the block, or what came in where nothing reads its output."""
+    """around: hands on a known hidden state instead of calling the block, or what came in where nothing reads its output.
+
+    The state of a batch that is padded further than it is known becomes longer by zeros.
+    """
 
     method = "skipped"
 
@@ -117,9 +121,9 @@ class Skip:
         self.block, self.output = block, output
 
     def around(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        h = self.output
-        if h is None:
-            h = args[0] if args else kwargs[self.block.first]
+        h = args[0] if args else kwargs[self.block.first]
+        if self.output is not None:
+            h = F.pad(self.output.to(h.device), (0, 0, 0, h.shape[1] - self.output.shape[1]))
         rest = self.block.rest
         if rest is None:
             return h

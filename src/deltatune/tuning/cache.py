@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from deltatune.core.frozen import FrozenBlock, FrozenBlocks, frozen_blocks
 from deltatune.errors import DeltaTuneError
-from deltatune.tuning.encode import Row, collate
+from deltatune.tuning.encode import Row
 from deltatune.tuning.recipe import Recipe
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -50,12 +50,11 @@ class Bound:
 
 @dataclass(frozen=True)
 class Data:
-    """The rows of a run, its batches in the first epoch, and how rows become arguments of the model."""
+    """The rows of a run, its batches in the first epoch, and what makes a padded batch of rows."""
 
     rows: Sequence[Row]
     groups: Sequence[Sequence[int]]
-    pad: int
-    device: torch.device
+    collate: Callable[[Sequence[Row]], dict[str, Tensor]]
 
     @property
     def probe(self) -> list[int]:
@@ -64,9 +63,9 @@ class Data:
         return [order[0], order[len(order) // 2]]
 
     def length(self, stack: str, index: int) -> int:
-        """Return how many tokens of a row a stack sees: its input's, or its labels' where the stack writes."""
+        """Return how many tokens of a row a stack sees."""
         row = self.rows[index]
-        return len(row.labels if stack == "decoder" else row.input)
+        return len({"input_ids": row.input, "labels": row.labels}[_read(stack)])
 
     def ends(self, stack: str, indices: Sequence[int]) -> dict[int, tuple[int, int]]:
         """Return where each row begins and ends when the tokens of some rows lie behind one another."""
@@ -78,7 +77,12 @@ class Data:
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return some rows as a padded batch."""
-        return collate([self.rows[index] for index in indices], self.pad, self.device)
+        return self.collate([self.rows[index] for index in indices])
+
+
+def _read(stack: str) -> str:
+    """Return what of a batch a stack reads: the stack that writes reads the labels, each behind the one before."""
+    return "labels" if stack == "decoder" else "input_ids"
 
 
 class NoCache:
@@ -160,7 +164,7 @@ class Cache:
         batch = []
         for shelf, new in zip(self.shelves, computed, strict=True):
             rows = [shelf.row(index) if index in self.kept else new[index] for index in indices]
-            batch.append(pad_sequence(rows, batch_first=True).to(self.data.device))
+            batch.append(pad_sequence(rows, batch_first=True))
         return batch
 
     def _keep(self, group: Sequence[int]) -> None:
@@ -202,7 +206,7 @@ def frozen_cache(model: Any, data: Data, recipe: Recipe, bound: Bound, folder: P
     frozen = frozen_blocks(model, lambda: model(**batch))
     if not frozen.blocks:
         return NoCache("no block lies below the delta")
-    lengths = {stack: max(data.length(stack, index) for index in data.probe) for stack in frozen.by_stack}
+    lengths = {stack: batch[_read(stack)].shape[1] for stack in frozen.by_stack}
     if any(block.length != lengths[block.place.stack] for block in frozen.blocks):
         return NoCache("the blocks see tokens that are not of the examples")
     kept = fitting(frozen, data, bound.bytes)

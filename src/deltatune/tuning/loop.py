@@ -124,16 +124,20 @@ class Loop:
     def prepare(self) -> None:
         """Find out what of each step can be spared on this backbone with this delta."""
         first = epoch_order([row.tokens for row in self.rows], self.recipe.batch, self.seed, 0)
-        data = Data(self.rows, first, self.pad, self.device)
+        data = Data(self.rows, first, self.batch)
         self.model.eval()  # what is tried draws no random numbers, which a continued run would miss
         with compute(self.device, self.recipe):
             self.loss = make_loss(self.model, data.batch(data.probe))
             self.cache = frozen_cache(self.model, data, self.recipe, self.bound, self.folder)
 
+    def batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Return rows as arguments of the model."""
+        return collate(rows, self.pad, self.device)
+
     def step(self, rows: list[Row]) -> None:
         """Take one step on one batch and log it."""
         started = time.perf_counter()
-        batch = collate(rows, self.pad, self.device)
+        batch = self.batch(rows)
         with self.drawn():
             with compute(self.device, self.recipe), self.cache.given(rows):
                 loss = self.loss(batch)
