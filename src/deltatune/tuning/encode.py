@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 WINDOW = 16  # batches that are sorted by length together: wide enough to save padding, narrow enough to stay random
+INPUTS, LABELS = 8, 4  # widths that the batches of a run may have, and their labels where a decoder reads them
 
 Ids = tuple[int, ...]
 
@@ -127,18 +128,59 @@ class Codec:
         return self.front + before, after + self.back
 
 
-def collate(rows: Sequence[Row], pad: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Return `input_ids`, `attention_mask` [B, L] and `labels` [B, T], padded on the right to the longest row."""
-    batch = pad_inputs([row.input for row in rows], pad)
-    batch["labels"] = rectangle([row.labels for row in rows], IGNORED)
+@dataclass(frozen=True)
+class Widths:
+    """The widths to which batches are filled up, ascending; without any, a batch is as wide as its longest row.
+
+    A matrix product in bfloat16 is compiled for every shape that occurs, which takes time and memory that is kept.
+    """
+
+    inputs: tuple[int, ...] = ()
+    labels: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(rows: Sequence[Row]) -> Widths:
+        """Choose few widths for batches of rows of about one length."""
+        inputs, labels = [len(row.input) for row in rows], [len(row.labels) for row in rows]
+        chosen = few(inputs, INPUTS)
+        return Widths(chosen, chosen if inputs == labels else few(labels, LABELS))
+
+
+def few(sizes: Sequence[int], count: int) -> tuple[int, ...]:
+    """Return at most `count` of the sizes, ascending, such that filling each size up to the next of them adds least."""
+    each, times = np.unique(sizes, return_counts=True)
+    upto = np.concatenate([[0], np.cumsum(times)])
+    # cost[i, j]: sizes i to j filled up to the j-th; total[j]: the best for all up to the j-th, the j-th chosen
+    cost = np.where(np.tri(len(each), dtype=bool).T, each * (upto[1:] - upto[:-1, None]), np.inf)
+    total, before = cost[0], []
+    for _ in range(min(count, len(each)) - 1):
+        options = np.concatenate([[0], total[:-1]])[:, None] + cost
+        before.append(options.argmin(0))
+        total = options.min(0)
+    chosen, last = [], len(each) - 1
+    for first in [*reversed(before), np.zeros(len(each), int)]:
+        if last >= 0:
+            chosen.append(int(each[last]))
+            last = int(first[last]) - 1
+    return tuple(reversed(chosen))
+
+
+def collate(
+    rows: Sequence[Row], pad: int, device: torch.device | str = "cpu", widths: Widths = Widths()
+) -> dict[str, Tensor]:
+    """Return `input_ids`, `attention_mask` [B, L] and `labels` [B, T], filled up on the right to one of the widths."""
+    batch = pad_inputs([row.input for row in rows], pad, widths=widths.inputs)
+    batch["labels"] = rectangle([row.labels for row in rows], IGNORED, widths=widths.labels)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def pad_inputs(inputs: Sequence[Ids], pad: int, left: bool = False) -> dict[str, Tensor]:
+def pad_inputs(
+    inputs: Sequence[Ids], pad: int, left: bool = False, widths: Sequence[int] = ()
+) -> dict[str, Tensor]:
     """Return `input_ids` and `attention_mask` [B, L]; generation continues at the right end, so it pads on the left."""
     return {
-        "input_ids": rectangle(inputs, pad, left),
-        "attention_mask": rectangle([(1,) * len(ids) for ids in inputs], 0, left),
+        "input_ids": rectangle(inputs, pad, left, widths),
+        "attention_mask": rectangle([(1,) * len(ids) for ids in inputs], 0, left, widths),
     }
 
 
@@ -166,9 +208,13 @@ def epoch_order(sizes: Sequence[int], batch: int, seed: int, epoch: int) -> list
     return [groups[index] for index in random.permutation(len(groups)).tolist()]
 
 
-def rectangle(rows: Sequence[Ids], fill: int, left: bool = False) -> Tensor:
-    """Return rows of unequal length as a tensor [B, longest], filled up on the right or on the left."""
-    width = max(len(row) for row in rows)
+def rectangle(rows: Sequence[Ids], fill: int, left: bool = False, widths: Sequence[int] = ()) -> Tensor:
+    """Return rows of unequal length as a tensor [B, width], filled up on the right or on the left.
+
+    The width is that of the longest row, or the next of `widths` where they go so far.
+    """
+    longest = max(len(row) for row in rows)
+    width = next((width for width in widths if width >= longest), longest)
     if left:
         return torch.tensor([(fill,) * (width - len(row)) + row for row in rows])
     return torch.tensor([row + (fill,) * (width - len(row)) for row in rows])

@@ -32,7 +32,7 @@ from deltatune.tuning.checkpoint import (
     unpack_random,
     write_checkpoint,
 )
-from deltatune.tuning.encode import Row, batches, collate, epoch_order
+from deltatune.tuning.encode import Row, Widths, batches, collate, epoch_order
 from deltatune.tuning.loss import Loss, make_loss
 from deltatune.tuning.memory import Peak, in_use
 from deltatune.tuning.optim import learning_rate, make_optimizer
@@ -93,6 +93,7 @@ class Loop:
         self.loss: Loss = lambda batch: self.model(**batch).loss
         self.cache: Cache | NoCache = NoCache("runs that train together keep none")
         self.held: list[Tensor] = [*self.parameters, *moving(self.attachment)]
+        self.widths = Widths() if self.recipe.precision == "fp32" else Widths.of(self.rows)
         self.optimizer = make_optimizer(self.recipe, self.parameters, rates(self.attachment))
         self.rate = learning_rate(self.recipe)
         self.best: list[Tensor] = []
@@ -132,14 +133,14 @@ class Loop:
 
     def batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Return rows as arguments of the model."""
-        return collate(rows, self.pad, self.device)
+        return collate(rows, self.pad, self.device, self.widths)
 
     def step(self, rows: list[Row]) -> None:
         """Take one step on one batch and log it."""
         started = time.perf_counter()
         batch = self.batch(rows)
         with self.drawn():
-            with compute(self.device, self.recipe), self.cache.given(rows):
+            with self.cache.given(rows):
                 loss = self.loss(batch)
             extra = penalty(self.attachment)
             self.accelerator.backward(loss if extra is None else loss + extra)
@@ -185,8 +186,7 @@ class Loop:
         progress = self.progress
         started = time.perf_counter()
         self.model.eval()
-        with compute(self.device, self.recipe):
-            score = evaluate()
+        score = evaluate()
         self.model.train(self.recipe.dropout)
         progress.evaluate_seconds += time.perf_counter() - started
         progress.stale += 1
@@ -265,11 +265,6 @@ class Loop:
             f"{what} at step {self.progress.step + 1} (learning rate {rate:.3g}; losses before it: {before}). "
             f"Try {', '.join(cures[:-1])} or {cures[-1]}."
         )
-
-
-def compute(device: torch.device, recipe: Recipe) -> torch.autocast:
-    """Return the context in which the backbone computes: in bfloat16 where the recipe says so."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
 
 @contextlib.contextmanager

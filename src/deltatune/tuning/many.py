@@ -20,7 +20,7 @@ from deltatune.core.route import Pool, pool
 from deltatune.errors import DeltaTuneError
 from deltatune.files import write_json
 from deltatune.tuning.encode import Row, collate
-from deltatune.tuning.loop import Loop, NonFiniteLoss, compute, deterministic
+from deltatune.tuning.loop import Loop, NonFiniteLoss, deterministic
 from deltatune.tuning.loss import cross_entropy
 from deltatune.tuning.recipe import Run
 from deltatune.tuning.run import FAILURE, Session, claim, conclude, finished
@@ -120,8 +120,7 @@ class Together:
             for name in rows:
                 scopes.enter_context(self.loops[name].drawn())
             scopes.enter_context(self.members.route([name for name, own in rows.items() for _ in own]))
-            with compute(one.device, one.recipe):
-                logits, labels = self._answered(one.model, batch)
+            logits, labels = self._answered(one.model, batch)
             cut = [len(own) for own in rows.values()]
             pairs = zip(rows, logits.split(cut), labels.split(cut), strict=True)
             losses = {name: cross_entropy(own, targets) for name, own, targets in pairs}

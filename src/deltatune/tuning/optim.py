@@ -39,7 +39,7 @@ def learning_rate(recipe: Recipe) -> Callable[[int], float]:
 
 
 def _adamw(parameters: Groups, recipe: Recipe) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=False)
+    return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
 
 
 def _adafactor(parameters: Groups, recipe: Recipe) -> torch.optim.Optimizer:

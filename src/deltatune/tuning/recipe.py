@@ -16,7 +16,7 @@ from deltatune.errors import DeltaTuneError, nearest
 
 OPTIMIZERS = ("adamw", "adafactor", "sgd")
 SCHEDULES = ("linear", "cosine", "constant")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "int8")
 TERMS = "terms"  # in a record, beside the delta's text
 
 Value = TypeVar("Value", bound="Recipe | Run")

@@ -11,9 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 
-from deltatune.backbones import Backbone, load
+from deltatune.backbones import Backbone
 from deltatune.core.delta import Delta
 from deltatune.core.evidence import MEASURED, evidence, needs
 from deltatune.core.route import Pool
@@ -25,7 +24,8 @@ from deltatune.tuning.cache import Bound
 from deltatune.tuning.checkpoint import remove_checkpoint
 from deltatune.tuning.encode import Codec, collate
 from deltatune.tuning.environment import environment
-from deltatune.tuning.loop import LOG, Loop, OnStep, Progress, compute
+from deltatune.tuning.loop import LOG, Loop, OnStep, Progress
+from deltatune.tuning.precision import load_for
 from deltatune.tuning.recipe import TERMS, Run
 
 EVIDENCE = 128  # training examples that data-dependent starts look at
@@ -105,10 +105,8 @@ class Session:
 
     @staticmethod
     def load(run: Run) -> Backbone:
-        """Return the run's backbone on the device that computes, ready to answer."""
-        backbone = load(run.backbone)
-        to_device(backbone)
-        return backbone
+        """Return the run's backbone, held as its recipe says, on the device that computes, ready to answer."""
+        return load_for(run.backbone, run.recipe.precision)
 
     def result(self, progress: Progress) -> dict[str, Any]:
         """Evaluate once on test where the recipe says so, write what is kept, and return the result."""
@@ -203,17 +201,8 @@ class Session:
         return judge
 
     def _answer(self, examples: list[Example]) -> list[str]:
-        with self.scope(), compute(self.device, self.recipe):
+        with self.scope():
             return answer(self.backbone, make_questions(self.codec, self.task, examples), self.codec, self.recipe)
-
-
-def to_device(backbone: Backbone) -> torch.device:
-    """Move a backbone to the device that accelerate chooses, ready to answer, and return the device."""
-    from accelerate import PartialState
-
-    device = PartialState().device or torch.device("cpu")
-    backbone.model.to(device).eval()
-    return device
 
 
 def write_predictions(path: Path, examples: Sequence[Example], predictions: Sequence[str]) -> None:

@@ -7,16 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from deltatune.backbones import load
 from deltatune.errors import DeltaTuneError
 from deltatune.files import read_json
 from deltatune.tasks import Example, score
 from deltatune.tasks import task as find_task
 from deltatune.tuning.answers import answer, free_questions, majority, make_questions
 from deltatune.tuning.encode import Codec
-from deltatune.tuning.loop import compute
+from deltatune.tuning.precision import load_for
 from deltatune.tuning.recipe import Recipe, Run
-from deltatune.tuning.run import RUN, to_device, write_predictions
+from deltatune.tuning.run import RUN, write_predictions
 
 
 @dataclass(frozen=True)
@@ -88,14 +87,12 @@ def _answers(plan: Setup, examples: list[Example]) -> list[str]:
 
     if not examples:
         return []
-    backbone = load(plan.backbone)
-    device = to_device(backbone)
+    backbone = load_for(plan.backbone, plan.recipe.precision)
     codec = Codec(backbone, plan.recipe.max_input, plan.recipe.max_target)
     questions = make_questions(codec, find_task(plan.task), examples) if plan.task else free_questions(codec, examples)
     if plan.weights is not None:
         dt.load(backbone.model, plan.weights)
-    with compute(device, plan.recipe):
-        return answer(backbone, questions, codec, plan.recipe)
+    return answer(backbone, questions, codec, plan.recipe)
 
 
 def _example(place: int, text: str | Example) -> Example:

@@ -1,0 +1,111 @@
+"""Dense attention: training in bfloat16 on a CPU, where torch's own kernel is several times slower than matrix products.
+
+    S = scale Q K^T + bias, -inf where hidden    P = softmax(S)    O = P V
+
+Like that kernel it keeps Q, K and V for the backward pass, computes P again, and works on a few rows at a time, so that P
+stays in the cache. Everything else (no gradient, other float types and devices, dropout) is left to transformers' function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+NAME = "dense"
+CACHED = 1 << 20  # numbers in P at a time: 2 MiB
+
+
+def attend_densely(model: Any) -> None:
+    """Let a transformers model that looks its attention function up as `sdpa` find this one."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if NAME not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(NAME)
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attend as transformers' `sdpa` does: queries [rows, heads, n, width] to [rows, n, heads, width]."""
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    slow = query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled()
+    if not slow or kwargs.get("dropout") or torch.compiler.is_compiling():
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    groups, scale = query.shape[1] // key.shape[1], kwargs.get("scaling")
+    shown, bias = _shown(query, key, attention_mask, module), kwargs.get("position_bias")
+    if shown is not None and shown.dtype != torch.bool:
+        shown, bias = None, shown if bias is None else bias + shown
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    mixed = Dense.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), bias, shown, scale)
+    return cast(Tensor, mixed).transpose(1, 2).contiguous(), None
+
+
+def _shown(query: Tensor, key: Tensor, mask: Tensor | None, module: Any) -> Tensor | None:
+    """Return which keys a query sees; a causal mask that was left implicit becomes explicit."""
+    if mask is None and module.is_causal and query.shape[2] > 1:
+        return query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
+    return mask
+
+
+class Dense(torch.autograd.Function):
+    """softmax(scale Q K^T + bias) V for Q, K, V [rows, heads, ...], with a bias and a mask that have as many rows, or one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, shown: Tensor | None, scale: float
+    ) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, bias, shown)
+        o = torch.empty_like(q)
+        for rows in _parts(q, k):
+            torch.matmul(_weights(q, k, bias, shown, scale, rows), v[rows], out=o[rows])
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (q, k, v, bias, shown) = grads, ctx.saved_tensors
+        gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        gb = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
+        for rows in _parts(q, k):
+            P = _weights(q, k, bias, shown, ctx.scale, rows)
+            torch.matmul(P.mT, g[rows], out=gv[rows])
+            gS = torch._softmax_backward_data(g[rows] @ v[rows].mT, P, -1, P.dtype)
+            if gb is not None:
+                own = _own(gb, rows)
+                own += gS.sum_to_size(own.shape)
+            gS *= ctx.scale
+            torch.matmul(gS, k[rows], out=gq[rows])
+            torch.matmul(gS.mT, q[rows], out=gk[rows])
+        return gq, gk, gv, gb, None, None
+
+
+def _parts(q: Tensor, k: Tensor) -> Iterator[slice]:
+    """Yield the rows in parts of equal size, so that their products have few shapes."""
+    count, each = q.shape[0], q.shape[1] * q.shape[2] * k.shape[2]
+    size = -(-count // -(-count * each // CACHED))
+    return (slice(first, first + size) for first in range(0, count, size))
+
+
+def _weights(
+    q: Tensor, k: Tensor, bias: Tensor | None, shown: Tensor | None, scale: float, rows: slice
+) -> Tensor:
+    S = q[rows] @ k[rows].mT
+    S *= scale
+    if bias is not None:
+        S += _own(bias, rows)
+    if shown is not None:
+        S.masked_fill_(~_own(shown, rows), torch.finfo(S.dtype).min)
+    return torch.softmax(S, -1)
+
+
+def _own(held: Tensor, rows: slice) -> Tensor:
+    """Return what these rows have of a tensor that has as many rows, or one for all."""
+    return held if held.shape[0] == 1 else held[rows]

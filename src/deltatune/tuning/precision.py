@@ -1,0 +1,38 @@
+"""Precision: how a frozen backbone is held and computes. What is trained stays float32, and is cast where it meets it.
+
+| precision | frozen weights                            | computes in | trained leaves, optimizer, loss |
+|-----------|-------------------------------------------|-------------|---------------------------------|
+| fp32      | float32                                   | float32     | float32                         |
+| bf16      | bfloat16                                  | bfloat16    | float32                         |
+| int8      | linears in 8 bits, all others in bfloat16 | bfloat16    | float32                         |
+"""
+
+from __future__ import annotations
+
+import torch
+
+from deltatune.backbones import Backbone, load
+from deltatune.backbones.dense import attend_densely
+
+HELD: dict[str, tuple[str, str | None]] = {  # how `load` is asked for it: a float type, and a quantisation
+    "fp32": ("float32", None),
+    "bf16": ("bfloat16", None),
+    "int8": ("bfloat16", "int8"),
+}
+
+
+def load_for(name: str, precision: str) -> Backbone:
+    """Return a backbone, held as `precision` says, on the device that computes and ready to answer."""
+    dtype, quantise = HELD[precision]
+    backbone = load(name, dtype, quantise)
+    backbone.model.to(device()).eval()
+    if dtype == "bfloat16" and device().type == "cpu":
+        attend_densely(backbone.model)
+    return backbone
+
+
+def device() -> torch.device:
+    """Return the device that accelerate chooses."""
+    from accelerate import PartialState
+
+    return PartialState().device or torch.device("cpu")
