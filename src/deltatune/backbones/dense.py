@@ -64,7 +64,7 @@ class Dense(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale = scale
         ctx.save_for_backward(q, k, v, bias, shown)
-        o = torch.empty_like(q)
+        o = q.new_empty(*q.shape[:-1], v.shape[-1])
         for rows in _parts(q, k):
             torch.matmul(_weights(q, k, bias, shown, scale, rows), v[rows], out=o[rows])
         return o
@@ -77,7 +77,7 @@ class Dense(torch.autograd.Function):
         for rows in _parts(q, k):
             P = _weights(q, k, bias, shown, ctx.scale, rows)
             torch.matmul(P.mT, g[rows], out=gv[rows])
-            gS = torch._softmax_backward_data(g[rows] @ v[rows].mT, P, -1, P.dtype)
+            gS = torch.ops.aten._softmax_backward_data(g[rows] @ v[rows].mT, P, -1, P.dtype)
             if gb is not None:
                 own = _own(gb, rows)
                 own += gS.sum_to_size(own.shape)
@@ -94,9 +94,7 @@ def _parts(q: Tensor, k: Tensor) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, count, size))
 
 
-def _weights(
-    q: Tensor, k: Tensor, bias: Tensor | None, shown: Tensor | None, scale: float, rows: slice
-) -> Tensor:
+def _weights(q: Tensor, k: Tensor, bias: Tensor | None, shown: Tensor | None, scale: float, rows: slice) -> Tensor:
     S = q[rows] @ k[rows].mT
     S *= scale
     if bias is not None:

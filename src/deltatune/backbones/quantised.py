@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from deltatune.core.stored import STORAGES, Storage
+from deltatune.core.stored import STORAGES, Storage, quantised
 from deltatune.errors import DeltaTuneError, nearest
 
 GROUP = 32  # neighbouring weights of a row that share a scale in 4 bits
@@ -39,6 +40,33 @@ def quantise(model: Any, how: str) -> None:
         raise DeltaTuneError('quantise= needs torchao: pip install "deltatune[quantised]".') from None
     for linear in linears:
         quantize_(linear, _config(how, linear.in_features))
+        linear.__class__ = RoundedLinear
+
+
+class RoundedLinear(nn.Linear):
+    """A linear layer that makes its weight out of whole numbers again in the backward pass; autograd would keep it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return input W^T + b [..., d_out]."""
+        if torch.is_grad_enabled() and quantised(self.weight) and not torch.compiler.is_compiling():
+            return Product.apply(input, self.weight, self.bias)  # type: ignore[return-value]
+        return super().forward(input)
+
+
+class Product(torch.autograd.Function):
+    """x W^T + b for a frozen, rounded W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        gx = g @ ctx.weight.dequantize() if ctx.needs_input_grad[0] else None
+        gb = g.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return gx, None, gb
 
 
 def _config(how: str, d_in: int) -> Any:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from deltatune.errors import DeltaTuneError
+from deltatune.tuning.widths import EXACT, Widths
 
 if TYPE_CHECKING:
     from deltatune.backbones import Backbone
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 WINDOW = 16  # batches that are sorted by length together: wide enough to save padding, narrow enough to stay random
-INPUTS, LABELS = 8, 4  # widths that the batches of a run may have, and their labels where a decoder reads them
 
 Ids = tuple[int, ...]
 
@@ -128,45 +128,8 @@ class Codec:
         return self.front + before, after + self.back
 
 
-@dataclass(frozen=True)
-class Widths:
-    """The widths to which batches are filled up, ascending; without any, a batch is as wide as its longest row.
-
-    A matrix product in bfloat16 is compiled for every shape that occurs, which takes time and memory that is kept.
-    """
-
-    inputs: tuple[int, ...] = ()
-    labels: tuple[int, ...] = ()
-
-    @staticmethod
-    def of(rows: Sequence[Row]) -> Widths:
-        """Choose few widths for batches of rows of about one length."""
-        inputs, labels = [len(row.input) for row in rows], [len(row.labels) for row in rows]
-        chosen = few(inputs, INPUTS)
-        return Widths(chosen, chosen if inputs == labels else few(labels, LABELS))
-
-
-def few(sizes: Sequence[int], count: int) -> tuple[int, ...]:
-    """Return at most `count` of the sizes, ascending, such that filling each size up to the next of them adds least."""
-    each, times = np.unique(sizes, return_counts=True)
-    upto = np.concatenate([[0], np.cumsum(times)])
-    # cost[i, j]: sizes i to j filled up to the j-th; total[j]: the best for all up to the j-th, the j-th chosen
-    cost = np.where(np.tri(len(each), dtype=bool).T, each * (upto[1:] - upto[:-1, None]), np.inf)
-    total, before = cost[0], []
-    for _ in range(min(count, len(each)) - 1):
-        options = np.concatenate([[0], total[:-1]])[:, None] + cost
-        before.append(options.argmin(0))
-        total = options.min(0)
-    chosen, last = [], len(each) - 1
-    for first in [*reversed(before), np.zeros(len(each), int)]:
-        if last >= 0:
-            chosen.append(int(each[last]))
-            last = int(first[last]) - 1
-    return tuple(reversed(chosen))
-
-
 def collate(
-    rows: Sequence[Row], pad: int, device: torch.device | str = "cpu", widths: Widths = Widths()
+    rows: Sequence[Row], pad: int, device: torch.device | str = "cpu", widths: Widths = EXACT
 ) -> dict[str, Tensor]:
     """Return `input_ids`, `attention_mask` [B, L] and `labels` [B, T], filled up on the right to one of the widths."""
     batch = pad_inputs([row.input for row in rows], pad, widths=widths.inputs)
@@ -174,9 +137,7 @@ def collate(
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def pad_inputs(
-    inputs: Sequence[Ids], pad: int, left: bool = False, widths: Sequence[int] = ()
-) -> dict[str, Tensor]:
+def pad_inputs(inputs: Sequence[Ids], pad: int, left: bool = False, widths: Sequence[int] = ()) -> dict[str, Tensor]:
     """Return `input_ids` and `attention_mask` [B, L]; generation continues at the right end, so it pads on the left."""
     return {
         "input_ids": rectangle(inputs, pad, left, widths),

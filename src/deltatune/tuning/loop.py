@@ -32,11 +32,12 @@ from deltatune.tuning.checkpoint import (
     unpack_random,
     write_checkpoint,
 )
-from deltatune.tuning.encode import Row, Widths, batches, collate, epoch_order
+from deltatune.tuning.encode import Row, batches, collate, epoch_order
 from deltatune.tuning.loss import Loss, make_loss
 from deltatune.tuning.memory import Peak, in_use
 from deltatune.tuning.optim import learning_rate, make_optimizer
 from deltatune.tuning.recipe import Recipe
+from deltatune.tuning.widths import EXACT, Widths
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -93,7 +94,7 @@ class Loop:
         self.loss: Loss = lambda batch: self.model(**batch).loss
         self.cache: Cache | NoCache = NoCache("runs that train together keep none")
         self.held: list[Tensor] = [*self.parameters, *moving(self.attachment)]
-        self.widths = Widths() if self.recipe.precision == "fp32" else Widths.of(self.rows)
+        self.widths = EXACT if self.recipe.precision == "fp32" else Widths.of(self.rows)
         self.optimizer = make_optimizer(self.recipe, self.parameters, rates(self.attachment))
         self.rate = learning_rate(self.recipe)
         self.best: list[Tensor] = []

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from deltatune.backbones import Backbone, load
@@ -19,6 +21,9 @@ HELD: dict[str, tuple[str, str | None]] = {  # how `load` is asked for it: a flo
     "bf16": ("bfloat16", None),
     "int8": ("bfloat16", "int8"),
 }
+# On a CPU a product in bfloat16 is compiled for every shape, half a megabyte each, and 1024 of them are kept, twice. This
+# many are enough for the shapes of a run. The libraries read it before their first product, and what a user set holds.
+KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "1"}
 
 
 def load_for(name: str, precision: str) -> Backbone:
@@ -27,6 +32,8 @@ def load_for(name: str, precision: str) -> Backbone:
     backbone = load(name, dtype, quantise)
     backbone.model.to(device()).eval()
     if dtype == "bfloat16" and device().type == "cpu":
+        for variable, value in KEPT.items():
+            os.environ.setdefault(variable, value)
         attend_densely(backbone.model)
     return backbone
 

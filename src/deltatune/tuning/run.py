@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-
 from deltatune.backbones import Backbone
 from deltatune.core.delta import Delta
 from deltatune.core.evidence import MEASURED, evidence, needs
