@@ -32,7 +32,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def run(names: dict[str, str], kind: str, delta: str, precision: str) -> Run:
-    lr = 5e-3 if delta == "Full()" else RECIPE.lr
+    lr = 5e-3 if delta in ("Full()", "LastLayers(1)") else RECIPE.lr
     return Run(delta, names[kind], names["task"], dataclasses.replace(RECIPE, precision=precision, lr=lr), seed=1)
 
 
@@ -52,7 +52,7 @@ def test_training_in_bf16_learns_what_fp32_does(names: dict[str, str], kind: str
     assert rough[0] == pytest.approx(exact[0], rel=0.03), "the first loss differs by rounding alone"
     gained = exact[0] - sum(exact[-10:]) / 10
     assert sum(rough[-10:]) / 10 == pytest.approx(sum(exact[-10:]) / 10, abs=0.1 * gained)
-    assert dev >= best - 10
+    assert abs(dev - best) <= 12.5, "two of sixteen examples"
 
 
 @pytest.mark.parametrize("precision", LOW)
