@@ -10,9 +10,10 @@ backbone in the float type that it is stored in: `t5-seed` in bf16, the fresh Ll
 `stories260k`. The tasks are four classifications, two multiple choices and two generations, of short and of long texts.
 
 Time is CPU time of one thread, from before the backbone is loaded to after the weights are saved. Memory is what the process holds
-at its peak beyond what it holds with everything imported (torch, transformers, peft), files not counted. The loss is that of
-64 dev examples, per token, measured in fp32 from what was saved; its change against the other way is to be read beside the
-spread of the seeds, the larger one of both. Each finished training is kept until all are done, so that a run which was broken off goes on where it was.
+at its peak beyond what it holds with everything imported (torch, transformers, peft), files not counted. The loss is that of 64
+dev examples, per token, measured in fp32 from what was saved; its change against the other way is to be read beside the spread of
+the seeds, the larger one of both. Each finished training is kept until all are done, so that a run which was broken off goes on
+where it was.
 """
 
 from __future__ import annotations

@@ -73,6 +73,20 @@ def check_step(result: dict[str, Any]) -> None:
         assert pair["saved_ratio"] <= 1 or pair["over"] == "adapters"  # which has another version of the backbone
 
 
+def check_end_to_end(result: dict[str, Any]) -> None:
+    assert set(result) == COMMON | {"rows", "pairs"}
+    assert len(result["rows"]) == 3 * result["rounds"]
+    for row in result["rows"]:
+        assert set(row) == {"model", "task", "who", "seed", "seconds", "wall", "bytes", "loss"}
+        assert row["seconds"] > 0 and row["wall"] > 0 and row["bytes"] > 1 << 20 and math.isfinite(row["loss"])
+    own = {row["loss"] for row in result["rows"] if row["who"] == "deltatune"}
+    assert len(own) == result["rounds"], "each seed is a training of its own"
+    assert [pair["over"] for pair in result["pairs"]] == ["Trainer + peft", "the same, tuned"]
+    for pair in result["pairs"]:  # after two steps from the same backbone
+        assert abs(pair["loss_difference"]) < 0.05 * pair["loss"] and pair["loss_spread"] > 0
+        assert min(pair["seconds_ratio"], pair["wall_ratio"], pair["bytes_ratio"]) > 0
+
+
 def check_route(result: dict[str, Any]) -> None:
     assert set(result) == COMMON | {"batches", "members"}
     assert len(result["batches"]) == 12
@@ -106,6 +120,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "attach": check_attach,
     "growth": check_growth,
     "imports": check_imports,
+    "end_to_end": check_end_to_end,
     "route": check_route,
     "step": check_step,
 }

@@ -31,7 +31,8 @@ def test_it_is_attention_with_its_gradients(cached: int, rows: int, monkeypatch:
         3, torch.tensor(0), True
     )
     expected = F.scaled_dot_product_attention(q, k, v, bias.masked_fill(~shown, -torch.inf), scale=0.3)
-    ours: Any = Dense.apply(q, k, v, bias, shown, 0.3)
+    mask = torch.zeros(shown.shape, dtype=torch.float64).masked_fill_(~shown, torch.finfo(torch.float64).min / 2)
+    ours: Any = Dense.apply(q, k, v, bias, mask, 0.3)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
     slope = torch.randn_like(expected)
     pairs = (torch.autograd.grad(y, (q, k, v, bias), slope) for y in (ours, expected))

@@ -56,7 +56,7 @@ def test_a_plain_loop_over_the_rates_is_the_optimizer_of_a_recipe():
         with dt.attach(model, dt.VeRA(rank=4) + dt.AdaLoRA(rank=2, extra=1)) as a:
             groups = [{"params": [tensor], "lr": LR * rate} for tensor, rate in dt.rates(a).items()]
             ours = make_optimizer(recipe, a.parameters(), dt.rates(a))
-            optimizer = torch.optim.AdamW(groups, weight_decay=0.0) if plain else ours
+            optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True) if plain else ours
             for step in range(recipe.steps):
                 loss(model).backward()
                 for group in () if plain else optimizer.param_groups:

@@ -1,6 +1,6 @@
 """Dense attention: training in bfloat16 on a CPU, where torch's own kernel is several times slower than matrix products.
 
-    S = scale Q K^T + bias, -inf where hidden    P = softmax(S)    O = P V
+    S = scale Q K^T + bias + mask    P = softmax(S)    O = P V
 
 Like that kernel it keeps Q, K and V for the backward pass, computes P again, and works on a few rows at a time, so that P
 stays in the cache. Everything else (no gradient, other float types and devices, dropout) is left to transformers' function.
@@ -37,51 +37,57 @@ def attention(
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
     slow = query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled()
-    if not slow or kwargs.get("dropout") or torch.compiler.is_compiling():
+    if not slow or kwargs.get("dropout") or kwargs.get("softcap") or torch.compiler.is_compiling():
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     groups, scale = query.shape[1] // key.shape[1], kwargs.get("scaling")
-    shown, bias = _shown(query, key, attention_mask, module), kwargs.get("position_bias")
-    if shown is not None and shown.dtype != torch.bool:
-        shown, bias = None, shown if bias is None else bias + shown
+    bias, mask = kwargs.get("position_bias"), attention_mask
+    if mask is None and query.shape[2] > 1 and _is_causal(module, kwargs.get("is_causal")):
+        mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
+    bias = bias if bias is None else bias.contiguous()  # T5's has the heads in its last dimension, which adds slowly
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    mixed = Dense.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), bias, shown, scale)
+    mixed = Dense.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), bias, _added(mask, query.dtype), scale)
     return cast(Tensor, mixed).transpose(1, 2).contiguous(), None
 
 
-def _shown(query: Tensor, key: Tensor, mask: Tensor | None, module: Any) -> Tensor | None:
-    """Return which keys a query sees; a causal mask that was left implicit becomes explicit."""
-    if mask is None and module.is_causal and query.shape[2] > 1:
-        return query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
-    return mask
+def _is_causal(module: Any, said: bool | None) -> bool:
+    return getattr(module, "is_causal", True) if said is None else said
+
+
+def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return a mask as what is added to the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    lowest = torch.finfo(dtype).min / 2  # a score that is added to it stays finite
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, lowest)
 
 
 class Dense(torch.autograd.Function):
-    """softmax(scale Q K^T + bias) V for Q, K, V [rows, heads, ...], with a bias and a mask that have as many rows, or one."""
+    """softmax(scale Q K^T + bias + mask) V for Q, K, V [rows, heads, ...]; bias and mask have as many rows, or one."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, shown: Tensor | None, scale: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
     ) -> Tensor:
         ctx.scale = scale
-        ctx.save_for_backward(q, k, v, bias, shown)
+        ctx.save_for_backward(q, k, v, bias, mask)
         o = q.new_empty(*q.shape[:-1], v.shape[-1])
         for rows in _parts(q, k):
-            torch.matmul(_weights(q, k, bias, shown, scale, rows), v[rows], out=o[rows])
+            torch.matmul(_weights(q, k, bias, mask, scale, rows), v[rows], out=o[rows])
         return o
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (q, k, v, bias, shown) = grads, ctx.saved_tensors
+        (g,), (q, k, v, bias, mask) = grads, ctx.saved_tensors
         gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         gb = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
         for rows in _parts(q, k):
-            P = _weights(q, k, bias, shown, ctx.scale, rows)
+            P = _weights(q, k, bias, mask, ctx.scale, rows)
             torch.matmul(P.mT, g[rows], out=gv[rows])
             gS = torch.ops.aten._softmax_backward_data(g[rows] @ v[rows].mT, P, -1, P.dtype)
             if gb is not None:
                 own = _own(gb, rows)
                 own += gS.sum_to_size(own.shape)
-            gS *= ctx.scale
+            gS = gS if ctx.scale == 1 else gS.mul_(ctx.scale)
             torch.matmul(gS, k[rows], out=gq[rows])
             torch.matmul(gS.mT, q[rows], out=gk[rows])
         return gq, gk, gv, gb, None, None
@@ -94,13 +100,13 @@ def _parts(q: Tensor, k: Tensor) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, count, size))
 
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor | None, shown: Tensor | None, scale: float, rows: slice) -> Tensor:
+def _weights(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, rows: slice) -> Tensor:
     S = q[rows] @ k[rows].mT
-    S *= scale
-    if bias is not None:
-        S += _own(bias, rows)
-    if shown is not None:
-        S.masked_fill_(~_own(shown, rows), torch.finfo(S.dtype).min)
+    if scale != 1:
+        S *= scale
+    for more in (bias, mask):
+        if more is not None:
+            S += _own(more, rows)
     return torch.softmax(S, -1)
 
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from deltatune.backbones.lean import make_lean
 from deltatune.backbones.quantised import quantise as rounded
 from deltatune.backbones.source import digest, find, names, weight_files
 from deltatune.errors import DeltaTuneError, nearest
@@ -60,7 +59,6 @@ def load(name: str, dtype: str = "float32", quantise: str | None = None) -> Back
         kind = _kind(config, source.folder)
         tokenizer = _tokenizer(source.folder)
         model = (_fresh if source.fresh else _trained)(source.folder, config, kind, DTYPES[dtype])
-    make_lean(model)
     if quantise is not None:
         rounded(model, quantise)
     if model.can_generate() and model.generation_config.pad_token_id is None:

@@ -15,6 +15,7 @@ import torch
 
 from deltatune.backbones import Backbone, load
 from deltatune.backbones.dense import attend_densely
+from deltatune.backbones.lean import make_lean
 
 HELD: dict[str, tuple[str, str | None]] = {  # how `load` is asked for it: a float type, and a quantisation
     "fp32": ("float32", None),
@@ -30,6 +31,7 @@ def load_for(name: str, precision: str) -> Backbone:
     """Return a backbone, held as `precision` says, on the device that computes and ready to answer."""
     dtype, quantise = HELD[precision]
     backbone = load(name, dtype, quantise)
+    make_lean(backbone.model)
     backbone.model.to(device()).eval()
     if dtype == "bfloat16" and device().type == "cpu":
         for variable, value in KEPT.items():
