@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import deltatune as dt
-from deltatune.backbones.quantised import quantise
+from deltatune.backbones.quantised import RoundedLinear, quantise
 from deltatune.core.stored import codes, quantised, values
 from tests import tiny
 from tests.laws.cases import busy, gradients, output
@@ -216,3 +217,40 @@ def test_quantisation_that_cannot_be_is_refused(monkeypatch):
     monkeypatch.setitem(importlib.import_module("sys").modules, "torchao.quantization", None)
     with pytest.raises(dt.DeltaTuneError, match=r'pip install "deltatune\[quantised\]"'):
         quantise(tiny.llama(), "int8")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_training_keeps_no_values_of_a_rounded_weight(kind):
+    model = rounded(kind)
+    batch, attachment = tiny.batch(model), dt.attach(model, dt.LoRA(rank=4).at("{attn.{q,k,v,o},ffn.{gate,up,down}}"))
+    rectangles = {(64, 128), (128, 64)}  # the square weights look like the head's
+    kept: list[tuple[int, ...]] = []
+
+    def gradients_of(model: Any) -> list[torch.Tensor]:
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+            loss = model(**batch).logits.square().mean()
+        loss.backward()
+        return [p.grad for p in attachment.parameters()]
+
+    ours = gradients_of(model)
+    assert kept and not rectangles & set(kept)
+    for module in [m for m in model.modules() if isinstance(m, RoundedLinear)]:
+        module.forward = functools.partial(nn.Linear.forward, module)  # torchao's own way
+    for own, plain in zip(ours, gradients_of(model), strict=True):
+        torch.testing.assert_close(own, plain, rtol=1e-5, atol=1e-7)
+    assert rectangles & set(kept)
+
+
+def test_a_bias_beside_a_rounded_weight_is_trained():
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    linear, x = nn.Linear(8, 4), torch.randn(5, 8)
+    exact = copy.deepcopy(linear)
+    holder = nn.ModuleDict({"linear": linear, "head": nn.Linear(1, 1)})
+    holder.get_output_embeddings = lambda: holder["head"]  # type: ignore[assignment]
+    quantise(holder, "int8")
+    for one in (linear, exact):
+        one.weight.requires_grad_(False)
+        one(x).square().sum().backward()
+    torch.testing.assert_close(linear.bias.grad, exact.bias.grad, rtol=0.05, atol=0.05)

@@ -36,7 +36,7 @@ def test_a_tiny_backbone_learns_a_trivial_task(kind: str, tmp_path: Path) -> Non
     from deltatune.tasks import Prompt
 
     backbone = tiny.KINDS[kind]()
-    recipe = Recipe(steps=150, lr=5e-3, eval_every=0, checkpoint_every=0, max_input=16, max_target=4)
+    recipe = Recipe(steps=150, lr=3e-3, eval_every=0, checkpoint_every=0, max_input=16, max_target=4)
     codec = Codec(backbone, recipe.max_input, recipe.max_target)
     training.make(tmp_path, recipe, backbone=backbone, delta="Full()").run()
     words = tiny.ADJECTIVES
