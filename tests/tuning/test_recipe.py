@@ -18,7 +18,7 @@ from deltatune.tuning import Recipe, Run
     [
         ("optimizer", "adamv", "there is no optimizer 'adamv'. Did you mean 'adamw'"),
         ("schedule", "cosin", "there is no schedule 'cosin'. Did you mean 'cosine'"),
-        ("precision", "fp64", "there is no precision 'fp64'. Did you mean 'fp32'?"),
+        ("precision", "fp64", "there is no precision 'fp64'. Did you mean 'fp32', 'bf16'?"),
         ("lr", -1e-3, "lr is -0.001; it cannot be below 0"),
         ("lr", 0, "lr is 0; a learning rate is above 0"),
         ("lr", float("nan"), "lr is nan; it cannot be below 0 or infinite"),
