@@ -15,7 +15,7 @@ import torch
 
 import deltatune as dt
 from deltatune.errors import DeltaTuneError
-from deltatune.tuning import tune
+from deltatune.tuning import tune, widths
 from deltatune.tuning.cache import Bound, Cache, Data, NoCache, frozen_cache
 from deltatune.tuning.encode import IGNORED, Codec, Row, collate, epoch_order
 from deltatune.tuning.recipe import Recipe, Run
@@ -37,7 +37,12 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def trained(
-    folder: Path, kind: str = "causal", delta: str = DELTAS[0], bound: Bound | None = None, stops: tuple[int, ...] = ()
+    folder: Path,
+    kind: str = "causal",
+    delta: str = DELTAS[0],
+    bound: Bound | None = None,
+    stops: tuple[int, ...] = (),
+    recipe: Recipe = RECIPE,
 ) -> tuple[list[dict[str, Any]], list[torch.Tensor], Any]:
     """The log, the parameters and the cache of a training that is stopped in some steps and then continued."""
     folder.mkdir()
@@ -47,7 +52,7 @@ def trained(
             if line["step"] == stop:
                 raise Stopped
 
-        loop = training.make(folder, RECIPE, on_step, tiny.KINDS[kind](), delta)
+        loop = training.make(folder, recipe, on_step, tiny.KINDS[kind](), delta)
         loop.bound = bound or Bound()
         try:
             loop.run()
@@ -67,6 +72,22 @@ def test_it_changes_nothing(kind: str, delta: str, tmp_path: Path) -> None:
     first = [[line for line in log if line["step"] <= 8 and "loss" in line] for log in (on, off)]
     everything = len(cache.frozen.blocks) in (2, 4)  # the last block ran on all tokens, and without a cache on few
     assert everything or first[0] == first[1]
+    for one, other in zip(on, off, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    torch.testing.assert_close(same, parameters, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+@pytest.mark.parametrize("bound", [Bound(), Bound(8000)], ids=str)
+def test_it_fills_batches_of_few_widths(
+    kind: str, bound: Bound, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny backbone stays in float32: what a low precision changes in a loop is how wide its batches are."""
+    monkeypatch.setattr(widths, "INPUTS", 1)
+    recipe = dataclasses.replace(RECIPE, precision="bf16")
+    off, parameters, _ = trained(tmp_path / "off", kind, bound=Bound(0), recipe=recipe)
+    on, same, cache = trained(tmp_path / "on", kind, bound=bound, recipe=recipe)
+    assert isinstance(cache, Cache) and len(cache.data.widths.inputs) == 1
     for one, other in zip(on, off, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
     torch.testing.assert_close(same, parameters, rtol=1e-3, atol=1e-4)

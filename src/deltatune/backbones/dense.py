@@ -1,9 +1,9 @@
-"""Dense attention: training in bfloat16 on a CPU, where torch's own kernel is several times slower than matrix products.
+"""Dense attention: bfloat16 on a CPU, where torch's own kernel goes backward several times as slowly as matrix products.
 
     S = scale Q K^T + bias + mask    P = softmax(S)    O = P V
 
 Like that kernel it keeps Q, K and V for the backward pass, computes P again, and works on a few rows at a time, so that P
-stays in the cache. Everything else (no gradient, other float types and devices, dropout) is left to transformers' function.
+stays in the cache. Everything else (other float types and devices, dropout) is left to transformers' function.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def attention(
     """Attend as transformers' `sdpa` does: queries [rows, heads, n, width] to [rows, n, heads, width]."""
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-    slow = query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled()
+    slow = query.dtype == torch.bfloat16 and query.device.type == "cpu"
     if not slow or kwargs.get("dropout") or kwargs.get("softcap") or torch.compiler.is_compiling():
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     groups, scale = query.shape[1] // key.shape[1], kwargs.get("scaling")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from deltatune.errors import DeltaTuneError
-from deltatune.tuning.widths import EXACT, Widths
+from deltatune.tuning.widths import EXACT, Widths, wide
 
 if TYPE_CHECKING:
     from deltatune.backbones import Backbone
@@ -174,8 +174,7 @@ def rectangle(rows: Sequence[Ids], fill: int, left: bool = False, widths: Sequen
 
     The width is that of the longest row, or the next of `widths` where they go so far.
     """
-    longest = max(len(row) for row in rows)
-    width = next((width for width in widths if width >= longest), longest)
+    width = wide(max(len(row) for row in rows), widths)
     if left:
         return torch.tensor([(fill,) * (width - len(row)) + row for row in rows])
     return torch.tensor([row + (fill,) * (width - len(row)) for row in rows])

@@ -37,6 +37,11 @@ class Widths:
 EXACT = Widths()
 
 
+def wide(longest: int, widths: Sequence[int]) -> int:
+    """Return the width of a batch whose longest row is that long: the next of the widths where they go so far."""
+    return next((width for width in widths if width >= longest), longest)
+
+
 def few(sizes: Sequence[int], count: int) -> tuple[int, ...]:
     """Return at most `count` of the sizes, ascending, such that filling each size up to the next of them adds least."""
     each, times = np.unique(sizes, return_counts=True)
