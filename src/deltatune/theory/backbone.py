@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from deltatune.core.attach import Attachment
 from deltatune.core.builders import first_argument
 from deltatune.core.calls import Ports
-from deltatune.core.frozen import standing
+from deltatune.core.frozen import edited
 from deltatune.core.ports import PORTS, Call, Edit
 from deltatune.core.site import Place, anatomy
 from deltatune.core.walk import submodule
@@ -98,7 +98,7 @@ class BackboneDynamics(Dynamics):
         begun: set[str] = set()
         modules = [(place, submodule(self.model, place.path)) for place in self.places]
         cuts = [(module, Cut(place, module, begun, steps, self.cost)) for place, module in modules]
-        with standing(self.model, [Edit(module, "post", cut) for module, cut in cuts]):
+        with edited(self.model, [Edit(module, "post", cut) for module, cut in cuts]):
             for module, cut in cuts:
                 ports = module.__dict__[PORTS]
                 ports.pre = (cut, *ports.pre)  # before what the deltas do to the state, which belongs to the step

@@ -128,9 +128,8 @@ class Loop:
         first = epoch_order([row.tokens for row in self.rows], self.recipe.batch, self.seed, 0)
         data = Data(self.rows, first, self.batch)
         self.model.eval()  # what is tried draws no random numbers, which a continued run would miss
-        with compute(self.device, self.recipe):
-            self.loss = make_loss(self.model, data.batch(data.probe))
-            self.cache = frozen_cache(self.model, data, self.recipe, self.bound, self.folder)
+        self.loss = make_loss(self.model, data.batch(data.probe))
+        self.cache = frozen_cache(self.model, data, self.recipe, self.bound, self.folder)
 
     def batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Return rows as arguments of the model."""
