@@ -1,0 +1,36 @@
+"""What every instrument returns: a frozen value that says in one sentence what was found, and travels as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one instrument."""
+
+    @property
+    def finding(self) -> str:
+        """One sentence that says what was found."""
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields, the instrument's name and the sentence; what is infinite or not a number becomes None."""
+        return {"instrument": type(self).__name__, **_plain(self), "finding": self.finding}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return _plain(vars(value))
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
