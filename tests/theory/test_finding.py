@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import math
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,9 +45,11 @@ def test_a_result_is_json_whatever_its_numbers():
 
 
 def test_public_names_are_found_and_documented():
-    assert {"sharpness", "similarity", "check_neutral", "sweep", "residuals"} <= set(dir(theory))
+    assert {"sharpness", "compare_states", "check_neutral", "sweep", "residuals"} <= set(dir(theory))
     values = [getattr(theory, name) for name in dir(theory)]
     assert [value for value in values if not inspect.getdoc(value)] == []
+    files = {module.name for module in pkgutil.iter_modules(theory.__path__)}
+    assert files & set(dir(theory)) == set(), "a file hides what has its name"
     with pytest.raises(AttributeError, match="no_such"):
         theory.no_such  # noqa: B018
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import deltatune as dt
-from deltatune.theory.function_gap import function_gap
+from deltatune.theory.function_gap import compare_answers
 from tests import tiny
 from tests.theory.planted import batches, busy
 
@@ -16,7 +16,7 @@ from tests.theory.planted import batches, busy
 def test_it_is_the_formula_over_the_positions_that_answer(name):
     model = tiny.FAMILIES[name]()
     data, weights = batches(model, 1), busy(dt.LoRA(rank=2), model)
-    found = function_gap(model, None, weights, data)
+    found = compare_answers(model, None, weights, data)
     with torch.no_grad():
         a = model(**data[0]).logits.double()
         with dt.attach(model, weights):
@@ -35,8 +35,8 @@ def test_batches_add_up_and_padding_does_not_count():
     model = tiny.llama()
     weights = busy(dt.Adapter(size=4), model)
     data = [{k: v for k, v in b.items() if k != "labels"} for b in batches(model)]
-    whole = function_gap(model, weights, None, data)
-    parts = [function_gap(model, weights, None, [b]) for b in data]
+    whole = compare_answers(model, weights, None, data)
+    parts = [compare_answers(model, weights, None, [b]) for b in data]
     assert whole.kl == pytest.approx(sum(p.kl * p.positions for p in parts) / whole.positions)
     assert whole.positions == sum(int(b["attention_mask"].sum()) for b in data)
     assert f"{whole.positions} positions" in whole.finding
@@ -44,9 +44,9 @@ def test_batches_add_up_and_padding_does_not_count():
 
 def test_a_side_is_no_further_than_itself_and_another_model_is_a_side():
     model, weights = tiny.llama(), None
-    same = function_gap(model, weights, weights, batches(model))
+    same = compare_answers(model, weights, weights, batches(model))
     assert (same.kl, same.mse, same.agreement) == (0.0, 0.0, 1.0)
-    assert function_gap(model, None, tiny.llama(seed=1), batches(model)).kl > 0.01
+    assert compare_answers(model, None, tiny.llama(seed=1), batches(model)).kl > 0.01
     assert not dt.attachments(model)
 
 
@@ -56,8 +56,8 @@ def test_what_cannot_be_compared_is_refused():
     other.lm_head = torch.nn.Linear(tiny.WIDTH, 10)
     bare = [{k: v for k, v in b.items() if k != "labels"} for b in batches(model)]
     with pytest.raises(dt.DeltaTuneError, match="one vocabulary"):
-        function_gap(model, None, other, bare)
+        compare_answers(model, None, other, bare)
     with pytest.raises(dt.DeltaTuneError, match="no batches"):
-        function_gap(model, None, None, [])
+        compare_answers(model, None, None, [])
     with pytest.raises(dt.DeltaTuneError, match="without logits"):
-        function_gap(model.model, None, None, bare)
+        compare_answers(model.model, None, None, bare)

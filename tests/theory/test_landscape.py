@@ -10,7 +10,7 @@ import torch
 import deltatune as dt
 from deltatune.theory.landscape import filter_normalised, interpolate, plane
 from deltatune.theory.overlap import gradient_overlap, principal_angles, subspace_overlap
-from deltatune.theory.trajectory import trajectory
+from deltatune.theory.path import trajectory
 from tests import tiny
 from tests.theory.planted import batches, busy, numbers
 
@@ -112,7 +112,7 @@ def test_principal_angles_are_those_of_scipy():
 def test_deltas_without_spans_are_refused():
     model = tiny.llama()
     a, b = (busy(dt.Adapter(size=2), model, seed=s) for s in (0, 1))
-    with pytest.raises(dt.DeltaTuneError, match="function_gap"):
+    with pytest.raises(dt.DeltaTuneError, match="compare_answers"):
         principal_angles(a, b, model)
 
 

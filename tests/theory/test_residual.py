@@ -99,6 +99,15 @@ def test_a_family_reaches_its_own_change(plain):
         assert residuals(plain, own, [family])[0].share < 1e-6
 
 
+def test_terms_that_share_no_parameter_add_up(plain):
+    tuned = moved(plain, "path:blocks.**")
+    where = "path:blocks.*.first"
+    low, bias = dt.LoRA(rank=3).at(where), dt.BitFit().at(where)
+    one, two, both = residuals(plain, tuned, [low, bias, low + bias])
+    kept = [r.total**2 - r.norm**2 for r in (one, two, both)]
+    assert kept[2] == pytest.approx(kept[0] + kept[1], rel=1e-9) and min(kept) > 0
+
+
 def test_a_tied_parameter_counts_once():
     model = tiny.qwen2()
     tuned = changed(model, "path:model.embed_tokens", lambda name, t: 0.1 * torch.ones(t.shape))
@@ -110,10 +119,13 @@ def test_families_that_it_does_not_fit_are_refused_with_one_that_does(plain):
     tuned = moved(plain, "path:blocks.**")
     with pytest.raises(dt.DeltaTuneError, match=r"not linear in its leaves.*BitFit"):
         residuals(plain, tuned, [dt.DoRA(rank=2).at("path:blocks.*.first")])
-    with pytest.raises(dt.DeltaTuneError, match=r"changes no weight.*function_gap"):
+    with pytest.raises(dt.DeltaTuneError, match=r"changes no weight.*compare_answers"):
         residuals(plain, tuned, [dt.Adapter(size=4).at("path:blocks.*.second")])
     with pytest.raises(dt.DeltaTuneError, match="one family at a time"):
         residuals(plain, tuned, [dt.DID(dim=3) + dt.FixedMask().at("path:blocks.*")])
+    with pytest.raises(dt.DeltaTuneError, match="one family at a time"):
+        both = dt.BitFit().at("path:blocks.*.first") + dt.FixedMask(share=0.5).at("path:blocks.*.first")
+        residuals(plain, tuned, [both])
     with pytest.raises(dt.DeltaTuneError, match="train it first"):
         residuals(plain, dt.init(dt.Full(), plain), [dt.DID(dim=3)])
     with pytest.raises(dt.DeltaTuneError, match="the share"):

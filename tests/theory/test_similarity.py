@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deltatune as dt
-from deltatune.theory.similarity import Moments, similarity
+from deltatune.theory.similarity import Moments, compare_states
 from deltatune.theory.watch import watching
 from tests import tiny
 from tests.theory.planted import batches, busy, numbers
@@ -42,7 +42,7 @@ def test_what_does_not_vary_is_like_nothing():
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_a_model_is_like_itself_at_every_block(name):
     model = tiny.FAMILIES[name]()
-    found = similarity(model, None, None, batches(model))
+    found = compare_states(model, None, None, batches(model))
     assert len(found.cka) == {"llama": 3, "t5": 4}[name]
     assert all(value == pytest.approx(1.0) for value in found.cka.values())
     assert found.tokens == {"llama": 30, "t5": 24}[name] and "few for states of width 32" in found.finding
@@ -50,7 +50,7 @@ def test_a_model_is_like_itself_at_every_block(name):
 
 def test_a_delta_shows_from_its_layer_on():
     model = tiny.llama()
-    found = similarity(model, None, busy(dt.Adapter(size=4).at("ffn.down[1]"), model, 1.0), batches(model))
+    found = compare_states(model, None, busy(dt.Adapter(size=4).at("ffn.down[1]"), model, 1.0), batches(model))
     first, *others = found.cka.values()
     assert first == pytest.approx(1.0) and all(value < 0.999 for value in others)
     assert min(found.cka, key=found.cka.get) in found.finding
@@ -75,12 +75,14 @@ def test_a_watch_sees_what_a_delta_does_at_the_very_place_and_leaves_no_trace():
 def test_models_of_other_widths_compare():
     model = tiny.llama()
     small = tiny.seeded(lambda: type(model)(type(model.config)(**{**model.config.to_dict(), "hidden_size": 16})))
-    assert all(0 < value < 1 for value in similarity(model, None, small, batches(model)).cka.values())
+    assert all(0 < value < 1 for value in compare_states(model, None, small, batches(model)).cka.values())
 
 
 def test_what_cannot_be_compared_is_refused():
     model = tiny.llama()
     with pytest.raises(dt.DeltaTuneError, match="only one of the two models has"):
-        similarity(model, None, tiny.gpt2(), [{k: v for k, v in b.items() if k != "labels"} for b in batches(model)])
+        compare_states(
+            model, None, tiny.gpt2(), [{k: v for k, v in b.items() if k != "labels"} for b in batches(model)]
+        )
     with pytest.raises(dt.DeltaTuneError, match="no single module"):
-        similarity(tiny.opt(), None, None, batches(tiny.opt()), "ffn")
+        compare_states(tiny.opt(), None, None, batches(tiny.opt()), "ffn")

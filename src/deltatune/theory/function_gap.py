@@ -46,7 +46,7 @@ def gaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def function_gap(model: nn.Module, a: Side, b: Side, batches: Iterable[Batch]) -> FunctionGap:
+def compare_answers(model: nn.Module, a: Side, b: Side, batches: Iterable[Batch]) -> FunctionGap:
     """Return how far the answers of two sides are apart on the batches: weights for `model`, None for it as it is, or models.
 
     Keeps one batch of scores. Raises `DeltaTuneError` when there is no position to compare, and for scores of other shapes.
@@ -62,7 +62,7 @@ def function_gap(model: nn.Module, a: Side, b: Side, batches: Iterable[Batch]) -
         if first.shape != second.shape:
             raise DeltaTuneError(
                 f"the scores have the shapes {tuple(first.shape)} and {tuple(second.shape)}; only models with one vocabulary "
-                "can be compared by their scores, `similarity` compares hidden states of any widths."
+                "can be compared by their scores, `compare_states` compares hidden states of any widths."
             )
         kept = answering(model, batch, first.shape[:-1]).to(first.device)
         kl, mse, same = gaps(first[kept], second[kept])

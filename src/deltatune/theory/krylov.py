@@ -1,10 +1,10 @@
-"""Krylov methods on operators that are never a matrix: eigenvalues by Lanczos, least squares by conjugate gradients.
+"""Krylov methods on operators that are never a matrix: eigenvalues by Lanczos, linear systems by conjugate gradients.
 
     Lanczos: A Q_m = Q_m T_m + b_m q_(m+1) e_m^T        T_m [m, m] tridiagonal; its eigenvalues approach the extreme ones of A
-    CGLS: min_x |A x - b|_2 by conjugate gradients on A^T A x = A^T b
+    CG: A x = b        x_k minimises (x - x*)^T A (x - x*) over span{b, A b, ..., A^(k-1) b}
 
 Lanczos orthogonalises against all vectors before, twice, so that no eigenvalue appears again as its own ghost (Parlett, 1998,
-chapter 13). CGLS: Hestenes and Stiefel, 1952; Björck, 1996, section 7.4.
+chapter 13). CG: Hestenes and Stiefel, 1952.
 """
 
 from __future__ import annotations
@@ -70,23 +70,21 @@ def _fresh(Q: Tensor, generator: Generator) -> Tensor:
     return w / w.norm()
 
 
-def least_squares(forward: Operator, adjoint: Operator, b: Tensor, tolerance: float = 1e-9, steps: int = 500) -> Tensor:
-    """Return the x [n] of least norm that minimises |A x - b|, given x -> A x [m] and y -> A^T y [n], for b [m].
+def conjugate_gradients(product: Operator, b: Tensor, tolerance: float = 1e-9, steps: int = 500) -> Tensor:
+    """Return an x [n] with A x = b, given v -> A v for a symmetric A [n, n] without negative eigenvalues, b [n] in its range.
 
-    Raises `DeltaTuneError` when A^T (A x - b) is not below `tolerance` of A^T b after `steps` steps.
+    Raises `DeltaTuneError` when |A x - b| is not below `tolerance` of |b| after `steps` steps.
     """
-    r, s = b.clone(), adjoint(b)
-    x, p = torch.zeros_like(s), s.clone()
-    start = norm = float(s @ s)
+    x, r, p = torch.zeros_like(b), b.clone(), b.clone()
+    start = norm = float(b @ b)
     for _ in range(steps):
         if norm <= tolerance**2 * start:
             return x
-        q = forward(p)
-        step = norm / float(q @ q)
+        q = product(p)
+        step = norm / float(p @ q)
         x, r = x + step * p, r - step * q
-        s = adjoint(r)
-        norm, before = float(s @ s), norm
-        p = s + norm / before * p
+        norm, before = float(r @ r), norm
+        p = r + norm / before * p
     if norm <= tolerance**2 * start:
         return x
     raise DeltaTuneError(

@@ -4,13 +4,13 @@
     nearest(theta+) = argmin_delta |theta+ - theta_0 - psi(delta)|_2
 
 Of LoRA the best rank-r part of each matrix (Eckart and Young, 1936), of a method whose change is affine in its leaves
-(BitFit, a fixed mask, DID's Fastfood subspace, ...) a least-squares projection, which needs psi and its adjoint only.
+(BitFit, a fixed mask, DID's Fastfood subspace, ...) a least-squares projection, J^T J x = J^T (theta+ - theta_0 - psi(start)).
 Whether it is affine is tried out, not listed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,84 +23,92 @@ from deltatune.core.site import Site
 from deltatune.core.stored import values
 from deltatune.core.weights import completed, init
 from deltatune.errors import DeltaTuneError
-from deltatune.theory.krylov import least_squares
+from deltatune.theory.krylov import conjugate_gradients
 
 Changes = Mapping[str, Tensor]  # float64, by the path of the parameter
 AFFINE = 1e-8  # what rounding leaves of the second differences of an affine map, relative to the first
 
 
 class Reach:
-    """psi of some placements, as a map of vectors: leaves [d'] to changes [n] of the parameters `names`, all in float64."""
+    """psi of some placements as a map from vectors x [d'] of the trained leaves, from their start on, in float64.
+
+    Only what one placement changes is in memory at a time: psi^T psi is a sum over placements, which change no parameter
+    in common.
+    """
 
     def __init__(
         self, model: nn.Module, delta: Delta, placements: list[Placement], wanted: Changes, seed: int, evidence: Any
     ) -> None:
-        self.model, self.placements = model, placements
-        self.shapes = {name: change.shape for name, change in wanted.items()}
-        everywhere = place(model, delta)
-        held = completed(model, init(delta, model, seed, evidence), everywhere)
-        self.held = {n: t.double() if t.is_floating_point() else t for n, t in held.items()}
+        self.model, self.placements, self.wanted = model, placements, wanted
+        self.held = completed(model, init(delta, model, seed, evidence), place(model, delta))
         trained = {p.name(leaf) for p in placements for leaf, declared in p.leaves.items() if declared.trained}
-        self.start = {name: self.held[name] for name in held if name in trained}
-        self.origin = self.pack(self.psi(self.start))
+        self.start = {name: _exact(tensor) for name, tensor in self.held.items() if name in trained}
 
     @property
     def size(self) -> int:
         """The number of leaves' values, d'."""
         return sum(t.numel() for t in self.start.values())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return psi(start + x) - psi(start), [n]."""
-        return self.pack(self.psi(self.leaves(x))) - self.origin
+    def moved(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the change of each wanted parameter, by name, at start + x."""
+        leaves = self._leaves(x)
+        for placement in self.placements:
+            yield from self._moved(placement, leaves).items()
 
-    def adjoint(self, y: Tensor) -> Tensor:
-        """Return J^T y [d'], J the derivative of psi, one placement at a time."""
-        wanted = self.unpack(y)
+    def aim(self) -> Tensor:
+        """Return J^T (wanted - psi(start)) [d'], J the derivative of psi."""
+        return self._pulled(lambda name, at, placement: self.wanted[name] - at)
+
+    def gram(self, x: Tensor) -> Tensor:
+        """Return J^T J x [d']."""
+        leaves = self._leaves(x)
+        return self._pulled(lambda name, at, placement: self._moved(placement, leaves)[name] - at)
+
+    def check(self, v: Tensor, owners: dict[str, int]) -> None:
+        """Raise `DeltaTuneError` unless psi is affine along v [d'], both ways, and no parameter has an owner in another term."""
+        ways = [self._leaves(t * v) for t in (0.0, 1.0, 2.0, -1.0)]
+        for placement in self.placements:
+            zero, once, twice, back = (self._moved(placement, leaves) for leaves in ways)
+            for name, at in zero.items():
+                step = float((once[name] - at).norm())
+                bent = float((twice[name] - 2 * once[name] + at).norm() + (once[name] + back[name] - 2 * at).norm())
+                if bent > AFFINE * step:
+                    raise DeltaTuneError(
+                        f"{placement.method} is not linear in its leaves, so what it can reach is no subspace to project on. "
+                        "Ask of LoRA (by its rank), or of a linear family: BitFit, FixedMask, DID, FourierFT."
+                    )
+                if step:
+                    _own(owners, name, placement)
+
+    def _pulled(self, of: Callable[[str, Tensor, Placement], Tensor]) -> Tensor:
+        """Return J^T y, y the changes that `of` gives for a name, its change at the start, and the placement."""
         found = {name: torch.zeros_like(t) for name, t in self.start.items()}
         for placement in self.placements:
-            own = {
-                n: self.start[n].clone().requires_grad_() for n in map(placement.name, placement.leaves) if n in found
-            }
+            names = [n for n in map(placement.name, placement.leaves) if n in found]
+            own = {n: self.start[n].clone().requires_grad_() for n in names}
             with torch.enable_grad():
                 moved = self._moved(placement, {**self.held, **own})
-                pairs = [(d * wanted[name]).sum() for name, d in moved.items() if name in wanted and d.requires_grad]
-                if not pairs:
-                    continue
-                grads = torch.autograd.grad(torch.stack(pairs).sum(), list(own.values()), materialize_grads=True)
-            for name, grad in zip(own, grads, strict=True):
-                found[name] += grad
+            pairs = {n: (d, of(n, d.detach(), placement)) for n, d in moved.items() if d.requires_grad}
+            if pairs:
+                outputs, y = zip(*pairs.values(), strict=True)
+                grads = torch.autograd.grad(outputs, list(own.values()), y, materialize_grads=True)
+                for name, grad in zip(own, grads, strict=True):
+                    found[name] += grad
         return torch.cat([t.flatten() for t in found.values()])
 
-    def leaves(self, x: Tensor) -> dict[str, Tensor]:
-        """Return the leaves at start + x."""
+    def _leaves(self, x: Tensor) -> dict[str, Tensor]:
+        """Return all leaves, the trained ones at start + x."""
         parts = x.split([t.numel() for t in self.start.values()])
-        return {name: t + part.view(t.shape) for (name, t), part in zip(self.start.items(), parts, strict=True)}
-
-    @torch.no_grad()
-    def psi(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the change of every parameter."""
-        held = {**self.held, **leaves}
-        found: dict[str, Tensor] = {}
-        for placement in self.placements:
-            for name, change in self._moved(placement, held).items():
-                found[name] = found[name] + change if name in found else change
-        return found
-
-    def pack(self, changed: Changes) -> Tensor:
-        """Return the changes of the parameters that are looked at as one vector [n]."""
-        zero = torch.zeros((), dtype=torch.float64)
-        parts = [changed.get(name, zero).expand(shape).flatten() for name, shape in self.shapes.items()]
-        return torch.cat(parts)
-
-    def unpack(self, y: Tensor) -> dict[str, Tensor]:
-        """Return a vector [n] as changes."""
-        parts = y.split([shape.numel() for shape in self.shapes.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        moved = {name: t + part.view(t.shape) for (name, t), part in zip(self.start.items(), parts, strict=True)}
+        return {**self.held, **moved}
 
     def _moved(self, placement: Placement, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what one placement changes, in the graph of its leaves."""
+        """Return the changes of the wanted parameters that one placement makes, in the graph of its leaves."""
+        return {name: d for name, d in self._changes(placement, held).items() if name in self.wanted}
+
+    def _changes(self, placement: Placement, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         site, method = placement.site, placement.method
-        p = method.unfold(Bag({leaf: held[placement.name(leaf)] for leaf in placement.leaves}))
+        p = method.unfold(Bag({leaf: _exact(held[placement.name(leaf)]) for leaf in placement.leaves}))
         acting: Any = method.computes
         if acting.acts == "tensor":
             places = [(site.path, site.tensor or ""), *site.ties]
@@ -131,6 +139,11 @@ class Reach:
         return values(theta, module).detach().to("cpu", torch.float64)
 
 
+def _exact(leaf: Tensor) -> Tensor:
+    return leaf.double() if leaf.is_floating_point() else leaf
+
+
+@torch.no_grad()
 def nearest_change(
     model: nn.Module, delta: Delta, wanted: Changes, seed: int = 0, evidence: Mapping[str, Any] | None = None
 ) -> dict[str, Tensor]:
@@ -141,15 +154,19 @@ def nearest_change(
     """
     placements = place(model, delta)
     _check(placements)
-    low = [p for p in placements if _is_plain_lora(p)]
     found = {name: torch.zeros_like(change) for name, change in wanted.items()}
-    for placement in low:
+    owners: dict[str, int] = {}
+    for placement in filter(_is_plain_lora, placements):
         name = f"{placement.site.path}.weight"
+        _own(owners, name, placement)
         if name in wanted:
             found[name] += _best(placement, wanted[name])
     rest = [p for p in placements if not _is_plain_lora(p)]
-    for name, change in (_projected(model, delta, rest, wanted, seed, evidence) if rest else {}).items():
-        found[name] += change
+    if rest:
+        reach = Reach(model, delta, rest, wanted, seed, evidence)
+        reach.check(torch.randn(reach.size, generator=Generator().manual_seed(seed), dtype=torch.float64), owners)
+        for name, change in reach.moved(conjugate_gradients(reach.gram, reach.aim())):
+            found[name] += change
     return found
 
 
@@ -165,30 +182,15 @@ def _best(placement: Placement, change: Tensor) -> Tensor:
     return site.stored((U[:, :rank] * S[:rank]) @ Vt[:rank], torch.zeros_like(change))
 
 
-def _projected(
-    model: nn.Module, delta: Delta, placements: list[Placement], wanted: Changes, seed: int, evidence: Any
-) -> dict[str, Tensor]:
-    reach = Reach(model, delta, placements, wanted, seed, evidence)
-    v = torch.randn(reach.size, generator=Generator().manual_seed(seed), dtype=torch.float64)
-    once, twice, back = reach.forward(v), reach.forward(2 * v), reach.forward(-v)
-    if max(float((twice - 2 * once).norm()), float((once + back).norm())) > AFFINE * float(once.norm()):
-        raise DeltaTuneError(
-            f"{placements[0].method} is not linear in its leaves, so what it can reach is no subspace to project on. Ask of "
-            "LoRA (by its rank), or of a linear family: BitFit, FixedMask, DID, FourierFT."
-        )
-    target = reach.pack(wanted) - reach.origin
-    x = least_squares(reach.forward, reach.adjoint, target)
-    return reach.unpack(reach.origin + reach.forward(x))
+def _own(owners: dict[str, int], name: str, placement: Placement) -> None:
+    if owners.setdefault(name, placement.term) != placement.term:
+        raise DeltaTuneError(f"two terms of the delta change {name!r}; ask of one family at a time.")
 
 
 def _check(placements: list[Placement]) -> None:
-    owners: dict[str, int] = {}
     for placement in placements:
         if "merge" in placement.method.breaks:
             raise DeltaTuneError(
                 f"{placement.method} changes no weight ({placement.method.breaks['merge']}), so weights have no residual outside "
-                "it: ask `function_gap` of it, or take LoRA, BitFit, FixedMask or DID."
+                "it: ask `compare_answers` of it, or take LoRA, BitFit, FixedMask or DID."
             )
-        name = f"{placement.site.path}.{placement.site.tensor or 'weight'}"
-        if owners.setdefault(name, placement.term) != placement.term:
-            raise DeltaTuneError(f"two terms of the delta change {name!r}; ask of one family at a time.")

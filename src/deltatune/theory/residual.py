@@ -69,7 +69,7 @@ def residuals(
     """Return the residual of what `tuned` (Full, or any mergeable delta) does to the backbone under each family.
 
     A family is a delta: `LoRA(rank=8)`, `BitFit()`, `FixedMask(share=0.01)`, `DID(dim=1000)`, at its wheres; `seed` and
-    `evidence` are as in `init`. Takes a few float64 vectors of the parameters that change. Raises `DeltaTuneError` as
+    `evidence` are as in `init`. Takes two float64 copies of the parameters that change. Raises `DeltaTuneError` as
     `nearest_change` does.
     """
     wanted = once(model, changes(model, tuned, check))

@@ -63,7 +63,7 @@ class Moments:
 
 
 @torch.no_grad()
-def similarity(model: nn.Module, a: Side, b: Side, batches: Iterable[Batch], where: str = "block") -> Similarity:
+def compare_states(model: nn.Module, a: Side, b: Side, batches: Iterable[Batch], where: str = "block") -> Similarity:
     """Return linear CKA between two sides at every site of `where`: weights for `model`, None for it as it is, or models.
 
     Padding does not count. Keeps three moments a site. Raises `DeltaTuneError` as `watching` does.
@@ -102,7 +102,7 @@ def pairs(first: States, second: States) -> dict[str, tuple[Site, Tensor, Tensor
         if X.shape[:-1] != Y.shape[:-1]:
             raise DeltaTuneError(
                 f"the states at {address} have the shapes {tuple(X.shape)} and {tuple(Y.shape)}: they are not of the same "
-                "tokens (a soft prompt lengthens them); ask at the other stack, or of `function_gap`."
+                "tokens (a soft prompt lengthens them); ask at the other stack, or of `compare_answers`."
             )
         found[address] = site, X[mask], Y[mask]
     return found
