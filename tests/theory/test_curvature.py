@@ -109,5 +109,8 @@ def test_nothing_to_bend_is_refused():
             sharpness(attached, [])
         with pytest.raises(dt.DeltaTuneError, match="cannot be found"):
             sharpness(attached, batches(model), k=5, steps=2)
+        attached.freeze()
+        with pytest.raises(dt.DeltaTuneError, match="do not freeze"):
+            sharpness(attached, batches(model))
     with dt.attach(model, dt.Delta()) as attached, pytest.raises(dt.DeltaTuneError, match="LoRA"):
         sharpness(attached, batches(model))

@@ -59,6 +59,7 @@ def test_a_mask_leaves_the_mass_outside_it(plain):
     for p in place(plain, weights.delta):
         exact[f"{p.site.path}.{p.site.tensor}"].view(-1)[weights.fixed[p.name("index")].long()] = 0
     assert found.norm == pytest.approx(np.sqrt(sum(float(c.square().sum()) for c in exact.values())), rel=1e-9)
+    assert residuals(plain, tuned, [weights])[0].norm == pytest.approx(found.norm), "or the weights say which mask"
     assert best_mask(once(plain, dt.changes(plain, tuned)), 0.1).norm < found.norm
 
 

@@ -18,13 +18,11 @@ from torch import nn
 
 from deltatune.core.attach import Attachment, attach
 from deltatune.core.convert import changes, written
-from deltatune.core.delta import Delta, as_delta
-from deltatune.core.method import Method
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
 from deltatune.theory.finding import Finding
 from deltatune.theory.landscape import line, move
-from deltatune.theory.reach import nearest_change
+from deltatune.theory.reach import Family, nearest_change
 from deltatune.theory.residual import once, owners
 from deltatune.theory.sides import Batch, Loss, check_some, evaluating, own_loss
 
@@ -84,7 +82,7 @@ def check_segment(at: Callable[[float], Point], distance: float, points: int = P
 def check_bound(
     model: nn.Module,
     tuned: Weights,
-    family: Delta | Method,
+    family: Family,
     batches: Sequence[Batch],
     loss: Loss = own_loss,
     points: int = POINTS,
@@ -99,7 +97,7 @@ def check_bound(
     """
     check_some(batches)
     exact = changes(model, tuned)
-    near = nearest_change(model, as_delta(family), once(model, exact), seed, evidence)
+    near = nearest_change(model, family, once(model, exact), seed, evidence)
     ends = {name: near[first] for name, first in owners(model, exact).items()}, exact
     begin, end = (written(model, changed, [tuned], None, tolerance)[0] for changed in ends)
     between = line(model, begin, end)

@@ -20,7 +20,7 @@ from deltatune.core.attach import Attachment
 from deltatune.errors import DeltaTuneError
 from deltatune.theory.finding import Finding
 from deltatune.theory.krylov import lanczos
-from deltatune.theory.sides import Batch, Loss, check_some, evaluating, own_loss
+from deltatune.theory.sides import Batch, Loss, check_some, evaluating, own_loss, trained
 
 STEPS = 20  # Lanczos steps beyond the number of eigenvalues asked for
 
@@ -42,28 +42,21 @@ class Sharpness(Finding):
 
     @property
     def finding(self) -> str:
-        kind = (
-            "a minimum in what was seen of it" if self.least >= 0 else f"a saddle (least eigenvalue {self.least:.3g})"
-        )
+        low = f"the least that was seen is {self.least:.3g}" if self.least < 0 else "none below 0 was seen"
         return (
             f"The largest Hessian eigenvalue over {self.size:,} parameters is {self.values[0]:.4g} "
-            f"(residual {self.residuals[0]:.1g}), at {kind}; its {len(self.values)} largest directions hold "
+            f"(residual {self.residuals[0]:.1g}), {low}; the {len(self.values)} largest directions hold "
             f"{100 * self.held:.1f} % of the gradient."
         )
 
 
 class Hessian:
-    """F's Hessian in an attached delta's leaves, as a product with vectors [d'] in float64, in the order of `parameters()`."""
+    """F's Hessian in an attached delta's leaves, as a product with vectors [d'] in float64, in the order of `trained`."""
 
     def __init__(self, attached: Attachment, batches: Sequence[Batch], loss: Loss = own_loss) -> None:
-        self.model, self.leaves = attached.model, list(attached.parameters())
+        self.model, self.leaves = attached.model, trained(attached)
         self.batches, self.loss = batches, loss
         check_some(batches)
-        if not self.leaves:
-            raise DeltaTuneError(
-                f"{attached.delta} has no trained leaves on this model (frozen, or of a method that trains none), so no "
-                "curvature; attach for example LoRA(rank=8)."
-            )
 
     @property
     def size(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import exp, isfinite, log, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -94,9 +95,7 @@ def crossing(dims: Sequence[int], scores: Sequence[float], threshold: float) -> 
     smooth = isotonic_regression(list(scores)).tolist()
     if smooth[0] >= threshold:
         return float(dims[0])
-    for (d, low), (e, high) in zip(
-        zip(dims, smooth, strict=True), zip(dims[1:], smooth[1:], strict=False), strict=False
-    ):
+    for (d, low), (e, high) in pairwise(zip(dims, smooth, strict=True)):
         if high >= threshold:
             return exp(log(d) + (log(e) - log(d)) * (threshold - low) / (high - low))
     return None

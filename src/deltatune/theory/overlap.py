@@ -20,7 +20,7 @@ from deltatune.core.compare import compare
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
 from deltatune.theory.finding import Finding
-from deltatune.theory.sides import Batch, Loss, check_some, evaluating, own_loss
+from deltatune.theory.sides import Batch, Loss, check_some, evaluating, own_loss, trained
 
 NOISE = 1e-6  # gradients below this share of the largest direction are rounding
 
@@ -108,12 +108,7 @@ def gradient_overlap(
 
 def _gradients(attached: Attachment, batches: Iterable[Batch], loss: Loss) -> Tensor:
     """Return one gradient a batch, [n, batches] in float64."""
-    leaves = list(attached.parameters())
-    if not leaves:
-        raise DeltaTuneError(
-            f"{attached.delta} has no trained leaves, so no gradient; attach for example LoRA(rank=8)."
-        )
-    found = []
+    leaves, found = trained(attached), []
     for batch in batches:
         grads = torch.autograd.grad(loss(attached.model(**batch)), leaves, materialize_grads=True)
         found.append(torch.cat([g.double().flatten().cpu() for g in grads]))

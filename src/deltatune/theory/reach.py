@@ -17,30 +17,29 @@ import torch
 from torch import Generator, Tensor, nn
 
 from deltatune.core.arithmetic import is_lora
-from deltatune.core.delta import Delta, Placement, place
-from deltatune.core.method import Bag
+from deltatune.core.delta import Delta, Placement, as_delta, place
+from deltatune.core.method import Bag, Method
 from deltatune.core.site import Site
 from deltatune.core.stored import values
-from deltatune.core.weights import completed, init
+from deltatune.core.weights import Weights, completed, init
 from deltatune.errors import DeltaTuneError
 from deltatune.theory.krylov import conjugate_gradients
 
 Changes = Mapping[str, Tensor]  # float64, by the path of the parameter
+Family = Delta | Method | Weights
 AFFINE = 1e-8  # what rounding leaves of the second differences of an affine map, relative to the first
 
 
 class Reach:
     """psi of some placements as a map from vectors x [d'] of the trained leaves, from their start on, in float64.
 
-    Only what one placement changes is in memory at a time: psi^T psi is a sum over placements, which change no parameter
+    Only what one placement changes is in memory at a time: J^T J is a sum over placements, which change no parameter
     in common.
     """
 
-    def __init__(
-        self, model: nn.Module, delta: Delta, placements: list[Placement], wanted: Changes, seed: int, evidence: Any
-    ) -> None:
+    def __init__(self, model: nn.Module, weights: Weights, placements: list[Placement], wanted: Changes) -> None:
         self.model, self.placements, self.wanted = model, placements, wanted
-        self.held = completed(model, init(delta, model, seed, evidence), place(model, delta))
+        self.held = completed(model, weights, place(model, weights.delta))
         trained = {p.name(leaf) for p in placements for leaf, declared in p.leaves.items() if declared.trained}
         self.start = {name: _exact(tensor) for name, tensor in self.held.items() if name in trained}
 
@@ -145,14 +144,15 @@ def _exact(leaf: Tensor) -> Tensor:
 
 @torch.no_grad()
 def nearest_change(
-    model: nn.Module, delta: Delta, wanted: Changes, seed: int = 0, evidence: Mapping[str, Any] | None = None
+    model: nn.Module, family: Family, wanted: Changes, seed: int = 0, evidence: Mapping[str, Any] | None = None
 ) -> dict[str, Tensor]:
-    """Return the change nearest to `wanted` that `delta` can reach, for the parameters of `wanted`.
+    """Return the change nearest to `wanted` that a family can reach, for the parameters of `wanted`.
 
-    Raises `DeltaTuneError` for a method that changes no weights, that is neither a LoRA nor affine in its leaves, and for
-    two terms that change the same parameter.
+    A family is a delta, or weights of one, whose leaves that are not trained (a mask, a subspace) are then those meant.
+    Raises `DeltaTuneError` for a method that changes no weights, for one that is neither a LoRA nor affine in its leaves,
+    and for two terms that change the same parameter.
     """
-    placements = place(model, delta)
+    placements = place(model, delta_of(family))
     _check(placements)
     found = {name: torch.zeros_like(change) for name, change in wanted.items()}
     owners: dict[str, int] = {}
@@ -163,11 +163,17 @@ def nearest_change(
             found[name] += _best(placement, wanted[name])
     rest = [p for p in placements if not _is_plain_lora(p)]
     if rest:
-        reach = Reach(model, delta, rest, wanted, seed, evidence)
+        weights = family if isinstance(family, Weights) else init(family, model, seed, evidence)
+        reach = Reach(model, weights, rest, wanted)
         reach.check(torch.randn(reach.size, generator=Generator().manual_seed(seed), dtype=torch.float64), owners)
         for name, change in reach.moved(conjugate_gradients(reach.gram, reach.aim())):
             found[name] += change
     return found
+
+
+def delta_of(family: Family) -> Delta:
+    """Return the delta of a family."""
+    return family.delta if isinstance(family, Weights) else as_delta(family)
 
 
 def _is_plain_lora(placement: Placement) -> bool:

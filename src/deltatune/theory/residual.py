@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core.convert import changes
-from deltatune.core.delta import Delta, as_delta, sites
-from deltatune.core.method import Method
+from deltatune.core.delta import sites
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
 from deltatune.theory.finding import Finding
-from deltatune.theory.reach import Changes, nearest_change
+from deltatune.theory.reach import Changes, Family, delta_of, nearest_change
 
 
 @dataclass(frozen=True)
@@ -61,26 +60,27 @@ class Residual(Finding):
 def residuals(
     model: nn.Module,
     tuned: Weights,
-    families: Iterable[Delta | Method],
+    families: Iterable[Family],
     seed: int = 0,
     evidence: Mapping[str, Any] | None = None,
     check: bool = True,
 ) -> list[Residual]:
     """Return the residual of what `tuned` (Full, or any mergeable delta) does to the backbone under each family.
 
-    A family is a delta: `LoRA(rank=8)`, `BitFit()`, `FixedMask(share=0.01)`, `DID(dim=1000)`, at its wheres; `seed` and
-    `evidence` are as in `init`. Takes two float64 copies of the parameters that change. Raises `DeltaTuneError` as
-    `nearest_change` does.
+    A family is a delta, `LoRA(rank=8)`, `BitFit()`, `FixedMask(share=0.01)` or `DID(dim=1000)` at its wheres, with `seed` and
+    `evidence` as in `init`; or weights of one, whose mask or subspace is then meant. Takes two float64 copies of the
+    parameters that change. Raises `DeltaTuneError` as `nearest_change` does.
     """
     wanted = once(model, changes(model, tuned, check))
     if not any(map(torch.any, wanted.values())):
         raise DeltaTuneError(f"{tuned.delta} changes no weight of the backbone as it stands; train it first.")
     found = []
-    for family in map(as_delta, families):
+    for family in families:
         near = nearest_change(model, family, wanted, seed, evidence)
         norms = {name: float((change - near[name]).norm()) for name, change in wanted.items()}
         totals = {name: float(change.norm()) for name, change in wanted.items()}
-        found.append(Residual(str(family), norms, totals, sites(model, family).parameters))
+        delta = delta_of(family)
+        found.append(Residual(str(delta), norms, totals, sites(model, delta).parameters))
     return found
 
 

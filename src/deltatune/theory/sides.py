@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import deltatune.backbones  # noqa: F401  (defines the anatomies)
-from deltatune.core.attach import attach
+from deltatune.core.attach import Attachment, attach
 from deltatune.core.site import anatomy
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
@@ -80,6 +80,17 @@ def check_some(batches: Any) -> None:
     """Raise `DeltaTuneError` when there was no batch to measure on."""
     if not batches:
         raise DeltaTuneError("there are no batches to measure on; give a list of at least one, each as model(**batch).")
+
+
+def trained(attached: Attachment) -> list[nn.Parameter]:
+    """Return the leaves that an attachment trains; raises `DeltaTuneError` where there are none."""
+    leaves = [leaf for leaf in attached.parameters() if leaf.requires_grad]
+    if not leaves:
+        raise DeltaTuneError(
+            f"{attached.delta} trains nothing here (it is frozen, or of a method without leaves), so there is no gradient; "
+            "attach for example LoRA(rank=8), and do not freeze it."
+        )
+    return leaves
 
 
 def real(model: nn.Module, batch: Batch, shape: torch.Size, stack: str | None = None) -> Tensor:
