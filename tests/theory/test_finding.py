@@ -1,17 +1,13 @@
-"""What every instrument returns: a frozen value with a sentence, that travels as JSON; and the package's public names."""
+"""What every instrument returns: a frozen value with a sentence, that travels as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import math
 import pkgutil
-import subprocess
-import sys
 from collections.abc import Iterator
-
-import pytest
+from importlib import import_module
 
 import deltatune.theory as theory
 from deltatune.theory.finding import Finding
@@ -26,7 +22,8 @@ def kinds(base: type) -> Iterator[type]:
 
 
 def test_every_result_is_frozen_and_has_a_sentence_of_its_own():
-    dir(theory)
+    for module in pkgutil.iter_modules(theory.__path__, "deltatune.theory."):
+        import_module(module.name)
     found = [kind for kind in kinds(Finding) if kind.__module__.startswith("deltatune.")]
     assert len(found) >= 12
     for kind in found:
@@ -42,18 +39,3 @@ def test_a_result_is_json_whatever_its_numbers():
     data = IntrinsicDimension((1, 2), (0,), ((0.1, 1.0),), (1.0,)).to_json()
     assert data["instrument"] == "IntrinsicDimension" and data["scores"] == [[0.1, 1.0]]
     assert data["finding"].startswith("d_90 is 2") and "\n" not in data["finding"]
-
-
-def test_public_names_are_found_and_documented():
-    assert {"sharpness", "compare_states", "check_neutral", "sweep", "residuals"} <= set(dir(theory))
-    values = [getattr(theory, name) for name in dir(theory)]
-    assert [value for value in values if not inspect.getdoc(value)] == []
-    files = {module.name for module in pkgutil.iter_modules(theory.__path__)}
-    assert files & set(dir(theory)) == set(), "a file hides what has its name"
-    with pytest.raises(AttributeError, match="no_such"):
-        theory.no_such  # noqa: B018
-
-
-def test_importing_the_package_costs_nothing():
-    code = "import sys, deltatune.theory; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

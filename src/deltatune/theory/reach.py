@@ -30,7 +30,7 @@ Family = Delta | Method | Weights
 AFFINE = 1e-8  # what rounding leaves of the second differences of an affine map, relative to the first
 
 
-class Reach:
+class Psi:
     """psi of some placements as a map from vectors x [d'] of the trained leaves, from their start on, in float64.
 
     Only what one placement changes is in memory at a time: J^T J is a sum over placements, which change no parameter
@@ -164,9 +164,9 @@ def nearest_change(
     rest = [p for p in placements if not _is_plain_lora(p)]
     if rest:
         weights = family if isinstance(family, Weights) else init(family, model, seed, evidence)
-        reach = Reach(model, weights, rest, wanted)
-        reach.check(torch.randn(reach.size, generator=Generator().manual_seed(seed), dtype=torch.float64), owners)
-        for name, change in reach.moved(conjugate_gradients(reach.gram, reach.aim())):
+        psi = Psi(model, weights, rest, wanted)
+        psi.check(torch.randn(psi.size, generator=Generator().manual_seed(seed), dtype=torch.float64), owners)
+        for name, change in psi.moved(conjugate_gradients(psi.gram, psi.aim())):
             found[name] += change
     return found
 
