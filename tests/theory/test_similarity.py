@@ -67,6 +67,9 @@ def test_a_watch_sees_what_a_delta_does_at_the_very_place_and_leaves_no_trace():
     assert not torch.equal(seen["bare"], seen["tuned"])
     assert type(model.model.layers[-1]) is kind and "deltas" not in model._modules
     with watching(model, "{block[1]:in,block[0]:out}") as states:
+        with watching(model, "block[0]") as inner:
+            model(**batch)
+        assert torch.equal(inner["model.layers.0"][1], states["model.layers.0"][1])
         model(**batch)
         (_, a), (_, b) = states.values()
         assert torch.equal(a, b)

@@ -62,7 +62,7 @@ def compare_answers(model: nn.Module, a: Side, b: Side, batches: Iterable[Batch]
         if first.shape != second.shape:
             raise DeltaTuneError(
                 f"the scores have the shapes {tuple(first.shape)} and {tuple(second.shape)}; only models with one vocabulary "
-                "can be compared by their scores, `compare_states` compares hidden states of any widths."
+                "can be compared by their scores, `theory.similarity.compare_states` compares hidden states of any widths."
             )
         kept = answering(model, batch, first.shape[:-1]).to(first.device)
         kl, mse, same = gaps(first[kept], second[kept])

@@ -81,7 +81,7 @@ def principal_angles(a: Weights, b: Weights, model: nn.Module | None = None) -> 
     if found.by == "leaves":
         raise DeltaTuneError(
             f"{a.delta} is no change of matrices that span anything, or the backbone is not given: pass model=..., with a "
-            "mergeable delta such as LoRA; `compare_answers` compares any two."
+            "mergeable delta such as LoRA; `theory.function_gap.compare_answers` compares any two."
         )
     return PrincipalAngles(
         {name: d.outputs for name, d in found.modules.items()}, {name: d.inputs for name, d in found.modules.items()}

@@ -198,5 +198,5 @@ def _check(placements: list[Placement]) -> None:
         if "merge" in placement.method.breaks:
             raise DeltaTuneError(
                 f"{placement.method} changes no weight ({placement.method.breaks['merge']}), so weights have no residual outside "
-                "it: ask `compare_answers` of it, or take LoRA, BitFit, FixedMask or DID."
+                "it: ask `theory.function_gap.compare_answers` of it, or take LoRA, BitFit, FixedMask or DID."
             )

@@ -102,7 +102,7 @@ def pairs(first: States, second: States) -> dict[str, tuple[Site, Tensor, Tensor
         if X.shape[:-1] != Y.shape[:-1]:
             raise DeltaTuneError(
                 f"the states at {address} have the shapes {tuple(X.shape)} and {tuple(Y.shape)}: they are not of the same "
-                "tokens (a soft prompt lengthens them); ask at the other stack, or of `compare_answers`."
+                "tokens (a soft prompt lengthens them); ask at the other stack, or of `theory.function_gap.compare_answers`."
             )
         found[address] = site, X[mask], Y[mask]
     return found

@@ -123,7 +123,7 @@ def spectra_of(model: nn.Module, changed: Mapping[str, Tensor], of: str = Spectr
 def spectra(model: nn.Module, weights: Weights, check: bool = True) -> Spectra:
     """Return the spectra of what `weights` do to the backbone's matrices, W' - W in float64.
 
-    Raises `DeltaTuneError` for a delta that is no change of weights: its outputs are compared by `compare_answers` instead.
+    Raises `DeltaTuneError` for a delta that is no change of weights: `theory.function_gap` compares its outputs instead.
     """
     _check_mergeable(weights)
     return spectra_of(model, changes(model, weights, check))
@@ -150,6 +150,7 @@ def _check_mergeable(weights: Weights) -> None:
     for term in weights.delta.terms:
         if "merge" in term.method.breaks:
             raise DeltaTuneError(
-                f"{term.method} has no change of a weight to look at: {term.method.breaks['merge']}. Ask `compare_answers` or "
-                "`compare_states`, which compare outputs and hidden states, or take a delta such as LoRA or Full."
+                f"{term.method} has no change of a weight to look at: {term.method.breaks['merge']}. Ask "
+                "`theory.function_gap.compare_answers` or `theory.similarity.compare_states`, which look at outputs and hidden "
+                "states, or take a delta such as LoRA or Full."
             )

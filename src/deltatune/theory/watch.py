@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltatune.core.attach import Link, free_name, hang, put
+from deltatune.core.attach import Link, put, take_off
 from deltatune.core.calls import Ports
 from deltatune.core.ports import Edit
 from deltatune.core.site import Site, anatomy
@@ -40,16 +40,18 @@ def watching(model: nn.Module, where: str) -> Iterator[Seen]:
 
     Raises `DeltaTuneError` for a sub-layer that is no module of its own.
     """
-    sites, seen = select(model, where, anatomy(model)), {}
+    seen: Seen = {}
+    sites = select(model, where, anatomy(model))
     for site in sites:
         if site.exit:
             raise DeltaTuneError(
                 f"{site.address!r} is a sub-layer that no single module is, so nothing passes that could be looked at; "
                 "ask at its last linear (ffn.down, attn.o) or at block."
             )
-    link = Link(model, free_name(model, None, "watch"), nn.Module(), f"a look at {where}")
     edits = [Edit(model.get_submodule(s.path), "pre" if s.side == "in" else "post", Watch(s, seen)) for s in sites]
-    with link:
-        hang(link, [])
+    link = Link(model, f"watch {id(seen)}", nn.Module(), f"a look at {where}")  # nested looks are each their own
+    try:
         put(link, edits)
         yield seen
+    finally:
+        take_off(link, dict.fromkeys(edit.module for edit in edits))
