@@ -116,11 +116,19 @@ def check_imports(result: dict[str, Any]) -> None:
     assert all(row["seconds"] > 0 and row["floor"] in rows for row in rows.values())
 
 
+def check_ledger(result: dict[str, Any]) -> None:
+    (row,) = result["trials"]
+    assert (row["backbone"], row["method"]) == ("tiny Llama", "LoRA")
+    assert 0 < row["planned"] == row["ledger"]["growth"] and row["growth"] > 0 and min(row["usual"]) > 0
+    assert abs(row["error_of_peak"]) < 0.1 and row["planned_seconds"] > 0 and row["seconds"] > 0
+
+
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "attach": check_attach,
     "growth": check_growth,
     "imports": check_imports,
     "end_to_end": check_end_to_end,
+    "ledger": check_ledger,
     "route": check_route,
     "step": check_step,
 }

@@ -23,7 +23,7 @@ RESULT = {
     "run", "id", "metric", "test", "dev", "train_loss", "best_step",
     "steps", "stopped", "parameters", "backbone_parameters", "file_bytes",
     "seconds", "step_seconds", "tokens", "tokens_per_second",
-    "peak_memory_bytes", "majority", "cache", "environment",
+    "peak_memory_bytes", "memory", "majority", "cache", "environment",
 }  # fmt: skip
 
 

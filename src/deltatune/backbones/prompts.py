@@ -24,6 +24,7 @@ from deltatune.core.builders import BUILDERS, Built, each
 from deltatune.core.calls import Ports
 from deltatune.core.delta import Placement
 from deltatune.core.ports import Call, Edit, Port, Tensors
+from deltatune.core.recompute import keeping
 from deltatune.core.site import Anatomy, Stack
 from deltatune.errors import DeltaTuneError
 
@@ -67,7 +68,8 @@ class Prompt(Port):
         for layer in kept:  # the pass is short, and recomputing a block later would find the prompt not running
             layer.gradient_checkpointing = False
         try:
-            yield
+            with keeping(self.blocks):
+                yield
         finally:
             self.running = False
             for layer in kept:

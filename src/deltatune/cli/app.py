@@ -17,6 +17,7 @@ from deltatune.cli.inspect import inspect
 from deltatune.cli.merge import merge
 from deltatune.cli.methods import methods
 from deltatune.cli.place import place
+from deltatune.cli.plan import plan
 from deltatune.cli.predict import predict
 from deltatune.cli.pretrain import pretrain
 from deltatune.cli.sites import sites
@@ -75,6 +76,7 @@ app.command("methods", rich_help_panel=LOOK)(methods)
 app.command("sites", rich_help_panel=LOOK)(sites)
 app.command("inspect", rich_help_panel=LOOK)(inspect)
 app.command("place", rich_help_panel=LOOK)(place)
+app.command("plan", rich_help_panel=LOOK)(plan)
 app.command("tune", rich_help_panel=RUN)(tune)
 app.command("eval", rich_help_panel=RUN)(evaluate)
 app.command("predict", rich_help_panel=RUN)(predict)

@@ -70,6 +70,9 @@ Cache = Annotated[
 ]
 OnDisk = Annotated[bool, _option("Keep the cache in the run's folder, on disk, instead of in memory.", MORE)]
 Test = Annotated[bool, _option("Score the test split at the end; without it the run is judged on dev alone.", MORE)]
+Budget = Annotated[
+    str, _option("Most memory to use, such as 2GB: as many blocks are recomputed as that takes; 0 sets no limit.", MORE)
+]
 Dropout = Annotated[bool, _option("Train with the backbone's own dropout.", MORE)]
 
 
@@ -102,6 +105,7 @@ def tune(
     test: Test = Recipe.test,
     cache: Cache = "1GB",
     cache_on_disk: OnDisk = False,
+    memory_budget: Budget = "0",
 ) -> None:
     """Train a delta on a task and test it once, at its best dev score.
 
@@ -111,32 +115,34 @@ def tune(
     """
     given = locals()
     run, bound = _asked(given)
-    _show(run, out or Path("runs") / f"{Path(task).name}-{run.id}", bound)
+    _show(run, out or Path("runs") / f"{Path(task).name}-{run.id}", bound, memory_budget)
 
 
 def _asked(given: dict[str, Any]) -> tuple[Run, Bound]:
     """Return what the options say to train, and how much to keep of the blocks below the delta."""
     from deltatune.tuning import Run
     from deltatune.tuning.cache import Bound
+    from deltatune.tuning.memory import size
 
     recipe = Recipe(**{name: given[name] for name in Recipe().to_json()})
     start = None if given["start"] is None else str(given["start"])
     run = Run(given["delta"], given["backbone"], given["task"], recipe, given["seed"], start)
-    return run, Bound.read(given["cache"], given["cache_on_disk"])
+    return run, Bound(size(given["cache"]), given["cache_on_disk"])
 
 
-def _show(run: Run, folder: Path, cache: Bound) -> None:
+def _show(run: Run, folder: Path, cache: Bound, budget: str) -> None:
     """Train with a progress bar, then print what came out; Ctrl-C says how to go on."""
     from rich.console import Console
 
     from deltatune.tuning import tune
+    from deltatune.tuning.memory import size
 
     console = Console(highlight=False)
     top = f", on top of {run.start}" if run.start else ""
     console.print(f"[bold]{run.delta}[/bold] on {run.backbone}{top} for {run.task}, in {folder}", markup=True)
     try:
         with _bar(console) as progress:
-            result = tune(run, folder, _follow(progress, run.recipe.steps), cache)
+            result = tune(run, folder, _follow(progress, run.recipe.steps), cache, size(budget))
     except KeyboardInterrupt:
         every = run.recipe.checkpoint_every
         where = f"it continues from its last checkpoint (one every {every} steps)" if every else "it starts over"
@@ -188,9 +194,9 @@ def _summarize(console: Any, result: dict[str, Any], folder: Path) -> None:
     table.add_row("dev, at its best", f"{percent(result['dev'])} (step {result['best_step']} of {result['steps']})")
     table.add_row("trained parameters", f"{result['parameters']:,} ({share:.3g} % of the backbone's)")
     table.add_row("file", f"{result['file_bytes'] / 1024:,.0f} KiB")
-    table.add_row(
-        "time", f"{result['seconds']['total']:.0f} s, peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB"
-    )
+    table.add_row("time", f"{result['seconds']['total']:.0f} s")
+    for words, text in _memory(result["peak_memory_bytes"], result.get("memory")):
+        table.add_row(words, text)
     if cache := result.get("cache"):
         table.add_row("blocks below the delta", _kept(cache))
     console.print(table)
@@ -205,3 +211,16 @@ def _kept(cache: dict[str, Any]) -> str:
         return f"computed in every step, as {cache['off']}"
     size = f"{cache['bytes'] / 2**20:,.0f} MiB"
     return f"{len(cache['skipped'])} computed once for each of {cache['examples']:,} examples ({size})"
+
+
+def _memory(peak: int, memory: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Say the peak, and beside what was planned where it was: whole, and above what the process held before its first step."""
+    if memory is None:
+        return [("peak memory", f"{peak / 2**20:,.0f} MiB")]
+    planned, held, count = memory["planned"], memory["resident"], len(memory["ledger"]["recomputed"])
+    rows = [("peak memory", _beside(peak, planned)), ("  of this training", _beside(peak - held, planned - held))]
+    return rows + ([("  blocks recomputed", str(count))] if count else [])
+
+
+def _beside(found: int, planned: int) -> str:
+    return f"{found / 2**20:,.0f} MiB, planned {planned / 2**20:,.0f} MiB ({planned / max(found, 1) - 1:+.0%})"

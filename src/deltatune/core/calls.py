@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from deltatune.core.ports import PORTS, Edit
+from deltatune.errors import DeltaTuneError
 
 BASE = "_deltatune_base"
 
@@ -38,6 +39,11 @@ class Ports:
             ports.append(edit.port)
         self.pre, self.post, self.heads = tuple(by_verb["pre"]), tuple(by_verb["post"]), tuple(by_verb["heads"])
         self.around, self.scope = tuple(by_verb["around"]), tuple(by_verb["scope"])
+        if len(self.around) > 1:
+            both = " and ".join(str(port.method) for port in self.around)
+            raise DeltaTuneError(
+                f"a {type(self.module).__name__} cannot be {both} at once; set no memory budget where rows are routed or states kept."
+            )
         self.param = tuple((name, tuple(ports)) for name, ports in by_name.items())
 
 

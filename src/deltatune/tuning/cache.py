@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +28,6 @@ from deltatune.errors import DeltaTuneError
 from deltatune.tuning.encode import Row
 from deltatune.tuning.recipe import Recipe
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
 
 @dataclass(frozen=True)
 class Bound:
@@ -38,14 +35,6 @@ class Bound:
 
     bytes: int = 10**9
     on_disk: bool = False
-
-    @staticmethod
-    def read(text: str, on_disk: bool = False) -> Bound:
-        """Read a size such as `2GB`, `500MB` or `0`."""
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?b)?\s*", text, re.IGNORECASE)
-        if found is None:
-            raise DeltaTuneError(f"{text!r} is not a size; write for example 2GB, 500MB, or 0 for none.")
-        return Bound(round(float(found[1]) * UNITS[(found[2] or "").upper()]), on_disk)
 
 
 @dataclass(frozen=True)

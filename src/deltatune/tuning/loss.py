@@ -23,11 +23,13 @@ from deltatune.core.calls import Ports, run
 from deltatune.core.frozen import edited
 from deltatune.core.ports import PORTS, Call, Edit
 from deltatune.core.site import anatomy
+from deltatune.core.stored import storage
 from deltatune.tuning.encode import IGNORED
 
 CHUNK = 1 << 24  # logits that are there at once: 64 MiB in float32
 
 Batch = dict[str, Tensor]
+Asked = Callable[[Tensor], tuple[Tensor, Tensor]]
 Loss = Callable[[Batch], Tensor]
 
 
@@ -157,14 +159,25 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class OwnLoss:
+    """The loss that the model computes itself."""
+
+    model: Any
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.model(**batch).loss
+
+
+@dataclass(frozen=True)
 class TokenLoss:
     """The loss of a model on a batch, read as `reading` says."""
 
     model: Any
     reading: Reading
+    asked: Asked | None = None  # where the tokens that are asked are known without looking at the labels
 
     def __call__(self, batch: Batch) -> Tensor:
-        index, labels = self.reading.asked(batch["labels"])
+        index, labels = (self.asked or self.reading.asked)(batch["labels"])
         chunks = Chunks(labels)
         given = {name: value for name, value in batch.items() if name != "labels"}
         if self.reading.decodes:
@@ -176,30 +189,34 @@ class TokenLoss:
 
 def make_loss(model: Any, batch: Batch) -> Loss:
     """Return the cheapest loss that is the model's own on this batch of two rows."""
+    with torch.no_grad():
+        found = read_loss(model, batch)
+        if found is None:
+            return OwnLoss(model)
+        reading, plain = found
+        close = max(torch.finfo(y.dtype).eps for y in (plain.logits, plain.loss)) ** 0.5
+        for one in (reading, replace(reading, ffn=None)):
+            loss = TokenLoss(model, one)
+            if torch.isclose(loss(batch).to(plain.loss.dtype), plain.loss, rtol=close, atol=close):
+                return loss
+    return OwnLoss(model)
 
-    def own(batch: Batch) -> Tensor:
-        return model(**batch).loss
 
+def read_loss(model: Any, batch: Batch) -> tuple[Reading, Any] | None:
+    """Return where the loss can be read, and the model's output on the batch; None where nothing but its own loss will do."""
     reading, tokens = _reading(model), batch["labels"].numel()
     if reading is None:
-        return own
+        return None
     head, first, last = Look(), Look(), Look()
     watched = [(reading.head, head), *zip(reading.ffn or (), (first, last), strict=False)]
     watched = list({module: (module, seen) for module, seen in watched}.values())
-    with torch.no_grad():
-        with edited(model, [Edit(module, "around", seen) for module, seen in watched]):
-            plain = model(**batch)
-        if not head.by_token(tokens) or head.calls[0][0].shape[:-1] != batch["labels"].shape:
-            return own
-        if not all(seen.by_token(tokens) for _, seen in watched):
-            reading = replace(reading, ffn=None)
-        reading = replace(reading, chunked=plain.logits is head.calls[0][1] and _is_plain(reading.head))
-        close = max(torch.finfo(y.dtype).eps for y in (plain.logits, plain.loss)) ** 0.5
-        for one in (reading, replace(reading, ffn=None)):
-            found = TokenLoss(model, one)
-            if torch.isclose(found(batch).to(plain.loss.dtype), plain.loss, rtol=close, atol=close):
-                return found
-    return own
+    with edited(model, [Edit(module, "around", seen) for module, seen in watched]):
+        plain = model(**batch)
+    if not head.by_token(tokens) or head.calls[0][0].shape[:-1] != batch["labels"].shape:
+        return None
+    if not all(seen.by_token(tokens) for _, seen in watched):
+        reading = replace(reading, ffn=None)
+    return replace(reading, chunked=plain.logits is head.calls[0][1] and _is_plain(reading.head)), plain
 
 
 def _reading(model: Any) -> Reading | None:
@@ -214,7 +231,11 @@ def _reading(model: Any) -> Reading | None:
     placements = [p for attached in attachments(model).values() for p in attached.placements]
     counting = any(p.method.computes.acts == "positions" and (p.site.stack, p.site.layer) == layer for p in placements)
     ends = None
-    if len(ffn) == 1 and not counting:
+    last = [place.path for place in parts.places if place.role == "block" and (place.stack, place.layer) == layer]
+    again = any(
+        vars(model.get_submodule(path))[PORTS].around for path in last if PORTS in vars(model.get_submodule(path))
+    )
+    if len(ffn) == 1 and not (counting or again):  # a block that is run again does so without the ports of this pass
         ends = model.get_submodule(ffn[0].path), model.get_submodule(ffn[0].exit or ffn[0].path)
         ends = ends if ends[0] is ends[1] or not _has_pre(ends[0]) else None
     decodes = len(parts.stacks) > 1
@@ -230,4 +251,4 @@ def _has_pre(module: nn.Module) -> bool:
 def _is_plain(head: Any) -> bool:
     """Whether a head is a linear layer whose weight is there as it is, and nothing else acts on it."""
     held = [] if type(head) is not nn.Linear else [p for p in (head.weight, head.bias) if p is not None]
-    return bool(held) and all(type(p.data) is Tensor and not (p.requires_grad or p.is_meta) for p in held)
+    return bool(held) and all(storage(p) is None and not (p.requires_grad or p.is_meta) for p in held)

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import torch
 
+from deltatune.errors import DeltaTuneError
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
 
 def in_use(device: torch.device) -> int:
     """Return the bytes allocated on the GPU, or resident in this process."""
@@ -49,6 +53,14 @@ class Peak:
         # Linux only; elsewhere the mark counts from the start of the process.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
+
+
+def size(text: str) -> int:
+    """Read a number of bytes such as `2GB`, `800MiB` or `1.5e9`; raises `DeltaTuneError` for anything else."""
+    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    if found is None or found[2] not in UNITS or not re.fullmatch(r"\d*\.?\d+(?:e\d+)?|\d+\.", found[1]):
+        raise DeltaTuneError(f"{text!r} is no amount of memory; write for example 2GB, 800MiB or a number of bytes.")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def _high_water() -> int:

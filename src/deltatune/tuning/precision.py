@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import nn
 
 from deltatune.backbones import Backbone, load
 from deltatune.backbones.dense import attend_densely
@@ -31,13 +32,22 @@ def load_for(name: str, precision: str) -> Backbone:
     """Return a backbone, held as `precision` says, on the device that computes and ready to answer."""
     dtype, quantise = HELD[precision]
     backbone = load(name, dtype, quantise)
-    make_lean(backbone.model)
     backbone.model.to(device()).eval()
     if dtype == "bfloat16" and device().type == "cpu":
         for variable, value in KEPT.items():
             os.environ.setdefault(variable, value)
-        attend_densely(backbone.model)
+    hold_in(backbone.model, precision)
     return backbone
+
+
+def hold_in(model: nn.Module, precision: str) -> None:
+    """Let a model that is loaded, or planned, compute as `precision` says; numbers in 8 bits are planned as bfloat16."""
+    make_lean(model)
+    if HELD[precision][0] == "bfloat16":
+        if all(p.dtype == torch.float32 for p in model.parameters()):
+            model.to(torch.bfloat16)
+        if next(model.parameters()).device.type == "cpu":
+            attend_densely(model)
 
 
 def device() -> torch.device:

@@ -9,34 +9,49 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deltatune.backbones import Backbone
+import torch
+
+from deltatune.backbones import Backbone, skeleton
 from deltatune.core.delta import Delta
 from deltatune.core.evidence import MEASURED, evidence, needs
+from deltatune.core.recompute import recompute
 from deltatune.core.route import Pool
 from deltatune.errors import DeltaTuneError
 from deltatune.files import read_json, write_json, write_text
 from deltatune.tasks import Example, score, task
-from deltatune.tuning.answers import answer, majority, make_questions, make_rows
+from deltatune.tuning.answers import Questions, answer, majority, make_questions, make_rows
 from deltatune.tuning.cache import Bound
 from deltatune.tuning.checkpoint import remove_checkpoint
 from deltatune.tuning.encode import Codec, collate
 from deltatune.tuning.environment import environment
 from deltatune.tuning.loop import LOG, Loop, OnStep, Progress
+from deltatune.tuning.memory import Peak
 from deltatune.tuning.precision import load_for
 from deltatune.tuning.recipe import TERMS, Run
+
+if TYPE_CHECKING:
+    from deltatune.tuning.ledger import Evaluate, Ledger
 
 EVIDENCE = 128  # training examples that data-dependent starts look at
 RUN, RESULT, FAILURE, PREDICTIONS = "run.json", "result.json", "failure.json", "predictions.jsonl"
 
 
-def tune(run: Run, folder: Path | str, on_step: OnStep | None = None, cache: Bound | None = None) -> dict[str, Any]:
+def tune(
+    run: Run,
+    folder: Path | str,
+    on_step: OnStep | None = None,
+    cache: Bound | None = None,
+    memory_budget: int | None = None,
+) -> dict[str, Any]:
     """Train `run` in `folder` and return its result; a finished run is returned as it is, a begun one continued.
 
-    Scores are in percent, times in seconds, memory in bytes. `on_step` gets every line of `log.jsonl`. An error is
-    written to `failure.json` and raised; raises `DeltaTuneError` when the folder holds another run. `cache` bounds what
-    is kept of the blocks that no trained tensor reaches; it changes no result, and is 1 GB in memory unless given.
+    Scores are in percent, times in seconds, memory in bytes. `on_step` gets every line of `log.jsonl`. `cache` bounds what
+    is kept of the blocks that no trained tensor reaches; it changes no result, and is 1 GB in memory unless given. With a
+    `memory_budget` the run is planned first, keeps no cache, and recomputes as many blocks as bring its peak under that; 0
+    plans without a limit. It changes no number of the run. An error is written to `failure.json` and raised; raises `DeltaTuneError`
+    when the folder holds another run, or when the budget cannot be kept.
     """
     folder = Path(folder)
     claim(run, folder)
@@ -46,7 +61,9 @@ def tune(run: Run, folder: Path | str, on_step: OnStep | None = None, cache: Bou
     started = time.perf_counter()
     try:
         session = Session(run, folder, Session.load(run), started=started)
-        loop = session.loop(on_step, cache)
+        loop = session.loop(on_step, Bound(0) if memory_budget else cache)
+        if loop and memory_budget is not None:
+            session.plan(loop, memory_budget)
         result = session.result(loop.run() if loop else session.untrained())
     except Exception as error:
         write_json(folder / FAILURE, {"error": type(error).__name__, "message": str(error)})
@@ -92,6 +109,8 @@ class Session:
         weights = dt.init(delta, self.backbone.model, run.seed, evidence=self._evidence(delta))
         self.count = weights.count
         self.trained: Loop | None = None
+        self.questions: Questions | None = None
+        self.memory: dict[str, Any] | None = None
         self.scope: Callable[[], AbstractContextManager[Any]] = nullcontext
         if members is None:
             self.attachment = dt.attach(self.backbone.model, weights)
@@ -137,6 +156,7 @@ class Session:
             "tokens_per_second": progress.tokens / progress.train_seconds if progress.train_seconds else None,
             "peak_memory_bytes": progress.peak_memory,
             "cache": self.trained.cache.report if self.trained else None,
+            "memory": self.memory,
             "environment": environment(),
         }
 
@@ -182,6 +202,45 @@ class Session:
         )
         return self.trained
 
+    def plan(self, loop: Loop, budget: int) -> None:
+        """Plan the run's memory and recompute blocks as its budget says; the result has `memory`, planned and found before."""
+        from deltatune.tuning.budget import beside, give_back, within
+        from deltatune.tuning.forecast import longest, resident
+        from deltatune.tuning.ledger import ledger
+
+        model, delta = skeleton(self.run.backbone), self.attachment.delta
+        shape, evaluate = longest(loop.rows, self.recipe, self.run.seed), self._planned_evaluation()
+        if evaluate:  # a metric's library is loaded by its first use, and is no part of what a method takes
+            some = self.task.split("dev")[:1]
+            score(self.task.metric, [example.target for example in some], some)
+        if budget:
+            give_back()
+        held = resident(self.device)
+
+        def planned(paths: Sequence[str]) -> Ledger:
+            return beside(ledger(model, delta, shape, self.recipe, evaluate, paths, device=self.device), held)
+
+        with torch.random.fork_rng(devices=[]):
+            try:
+                found = within(budget, planned)
+            except DeltaTuneError:
+                if budget:
+                    raise
+                return  # a run that cannot be planned can be trained
+        recompute(self.attachment, found.recomputed)
+        loop.peak = Peak(self.device)  # planning took memory too
+        self.memory = {"resident": held, "budget": budget, "planned": found.peak, "ledger": found.to_json()}
+
+    def _planned_evaluation(self) -> Evaluate | None:
+        from deltatune.tuning.forecast import scoring, writing
+
+        asked, kind = self.questions, self.backbone.kind
+        if asked is None:
+            return None
+        if asked.prompts:
+            return writing(kind, asked.prompts, self.recipe, self.codec.max_target)
+        return scoring(kind, asked.rows, self.recipe, self.codec.pad)
+
     def untrained(self) -> Progress:
         """Return the progress of the backbone as it is: there is a dev score, and nothing to train."""
         dev = self._dev()
@@ -191,7 +250,7 @@ class Session:
         if not self.recipe.eval_every:
             return None
         examples = self.task.split("dev")[: self.recipe.dev_limit or None]
-        questions = make_questions(self.codec, self.task, examples)
+        self.questions = questions = make_questions(self.codec, self.task, examples)
 
         def judge() -> float:
             with self.scope():
