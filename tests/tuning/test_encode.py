@@ -153,3 +153,10 @@ def test_real_tokenizers_read_prompt_and_answer_as_one_text(shared_models, name:
     labels = [label for label in row.labels if label != IGNORED]
     assert tokenizer.decode(labels, skip_special_tokens=True).strip() == "very fine"
     assert labels[-1] == tokenizer.eos_token_id
+
+
+def test_rows_whose_inputs_were_cut_are_not_sorted_by_their_answers() -> None:
+    """128 tokens of input, answers of 1 to 4: with exact sizes, batches would hold one answer each."""
+    sizes = [128 + 1 + index % 4 for index in range(64)]
+    mixed = [len({sizes[index] for index in batch}) for batch in epoch_order(sizes, 8, seed=0, epoch=0)]
+    assert sum(mixed) / len(mixed) > 2.5

@@ -15,6 +15,7 @@ its beginning: its end holds the cue that the answer continues, and no answer is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from deltatune.tasks import Prompt
 
 IGNORED = -100
+GRADES = 8  # lengths that count as different when rows are sorted, to an octave
 WINDOW = 16  # batches that are sorted by length together: wide enough to save padding, narrow enough to stay random
 
 Ids = tuple[int, ...]
@@ -164,9 +166,14 @@ def epoch_order(sizes: Sequence[int], batch: int, seed: int, epoch: int) -> list
     order = random.permutation(len(sizes)).tolist()
     groups: list[list[int]] = []
     for first in range(0, len(order), WINDOW * batch):
-        window = sorted(order[first : first + WINDOW * batch], key=lambda index: sizes[index])
+        window = sorted(order[first : first + WINDOW * batch], key=lambda index: _grade(sizes[index]))
         groups += [window[cut : cut + batch] for cut in range(0, len(window), batch)]
     return [groups[index] for index in random.permutation(len(groups)).tolist()]
+
+
+def _grade(size: int) -> int:
+    """Return about how long a row is: where inputs are cut to one length, exact sizes would sort rows by their answers."""
+    return int(GRADES * math.log2(max(size, 1)))
 
 
 def rectangle(rows: Sequence[Ids], fill: int, left: bool = False, widths: Sequence[int] = ()) -> Tensor:
