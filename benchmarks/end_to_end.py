@@ -3,7 +3,8 @@
 Both load the backbone, tokenise the texts, train the same LoRA (rank 8, every linear of every block) and save it, each in a
 process of its own. They see the same examples once, in batches of the same size, at the same learning rate, falling linearly; no
 evaluation, no checkpoint before the end. deltatune is told to hold the frozen backbone in bf16 (`precision = "bf16"`). Trainer
-and peft are taken as they come, and, told separately ("tuned"), with `group_by_length` and `bf16` on. As it comes, transformers loads a
+and peft are taken as they come, and, told separately ("tuned"), with `group_by_length`
+and `bf16` on. As it comes, transformers loads a
 backbone in the float type that it is stored in: `t5-seed` in bf16, the fresh Llama in fp32.
 
 `t5-seed` is a T5 of 10 M parameters; the Llama has four blocks of width 768, fresh weights of a fixed seed, and the tokenizer of

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from deltatune.errors import DeltaTuneError
 from deltatune.tasks import Prompt
-from deltatune.tuning.encode import IGNORED, Codec, Row, batches, collate, epoch_order, pad_inputs
+from deltatune.tuning.encode import IGNORED, Codec, Row, batches, collate, epoch_order, pad_inputs, sizes_of
 from tests.tuning import backbones as tiny
 
 PROMPT = Prompt("the film was very good answer :", "not good")
@@ -155,8 +155,13 @@ def test_real_tokenizers_read_prompt_and_answer_as_one_text(shared_models, name:
     assert labels[-1] == tokenizer.eos_token_id
 
 
-def test_rows_whose_inputs_were_cut_are_not_sorted_by_their_answers() -> None:
-    """128 tokens of input, answers of 1 to 4: with exact sizes, batches would hold one answer each."""
-    sizes = [128 + 1 + index % 4 for index in range(64)]
-    mixed = [len({sizes[index] for index in batch}) for batch in epoch_order(sizes, 8, seed=0, epoch=0)]
-    assert sum(mixed) / len(mixed) > 2.5
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_whose_inputs_were_cut_are_not_sorted_by_their_labels(causal: bool) -> None:
+    """128 tokens of input, labels of 1 to 4: by whole lengths, batches would hold one label each."""
+    prompt, labels = (5,) * 128, [(7,) * (1 + index % 4) for index in range(64)]
+    ignored = (IGNORED,) * len(prompt)
+    rows = [Row(prompt + label, ignored + label) if causal else Row(prompt, label) for label in labels]
+    mixed = [len({labels[index] for index in batch}) for batch in epoch_order(sizes_of(rows), 8, seed=0, epoch=0)]
+    assert sizes_of(rows) == [128] * 64 and sum(mixed) / len(mixed) > 2.5
+    texts = [Row(prompt, tuple(range(index + 1))) for index in range(8)]
+    assert sizes_of(texts) == [row.tokens for row in texts], "answers that do not recur are texts"

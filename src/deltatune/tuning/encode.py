@@ -15,7 +15,6 @@ its beginning: its end holds the cue that the answer continues, and no answer is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from deltatune.tasks import Prompt
 
 IGNORED = -100
-GRADES = 8  # lengths that count as different when rows are sorted, to an octave
 WINDOW = 16  # batches that are sorted by length together: wide enough to save padding, narrow enough to stay random
 
 Ids = tuple[int, ...]
@@ -49,6 +47,16 @@ class Row:
     def tokens(self) -> int:
         """How many tokens the backbone reads; labels that do not lie along the input are read by a decoder."""
         return len(self.input) + (0 if self.labels[0] == IGNORED else len(self.labels))
+
+
+def sizes_of(rows: Sequence[Row]) -> list[int]:
+    """Return the lengths that rows are sorted by: without the answers where these recur, as labels do.
+
+    Where inputs are cut to one length, whole lengths would put one label into each batch.
+    """
+    answers = [tuple(label for label in row.labels if label != IGNORED) for row in rows]
+    recur = 2 * len(set(answers)) <= len(rows)
+    return [row.tokens - recur * len(answer) for row, answer in zip(rows, answers, strict=True)]
 
 
 class Codec:
@@ -166,14 +174,9 @@ def epoch_order(sizes: Sequence[int], batch: int, seed: int, epoch: int) -> list
     order = random.permutation(len(sizes)).tolist()
     groups: list[list[int]] = []
     for first in range(0, len(order), WINDOW * batch):
-        window = sorted(order[first : first + WINDOW * batch], key=lambda index: _grade(sizes[index]))
+        window = sorted(order[first : first + WINDOW * batch], key=lambda index: sizes[index])
         groups += [window[cut : cut + batch] for cut in range(0, len(window), batch)]
     return [groups[index] for index in random.permutation(len(groups)).tolist()]
-
-
-def _grade(size: int) -> int:
-    """Return about how long a row is: where inputs are cut to one length, exact sizes would sort rows by their answers."""
-    return int(GRADES * math.log2(max(size, 1)))
 
 
 def rectangle(rows: Sequence[Ids], fill: int, left: bool = False, widths: Sequence[int] = ()) -> Tensor:

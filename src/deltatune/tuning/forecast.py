@@ -15,7 +15,7 @@ from deltatune.backbones.load import Kind, skeleton
 from deltatune.core.delta import Delta
 from deltatune.core.site import anatomy
 from deltatune.tuning.budget import within
-from deltatune.tuning.encode import IGNORED, Ids, Row, batches
+from deltatune.tuning.encode import IGNORED, Ids, Row, batches, sizes_of
 from deltatune.tuning.ledger import Evaluate, Ledger, Shape, ledger
 from deltatune.tuning.memory import in_use
 from deltatune.tuning.rates import measure
@@ -49,7 +49,7 @@ def _step(device: torch.device) -> None:
 
 def longest(rows: Sequence[Row], recipe: Recipe, seed: int) -> Shape:
     """Return the shape of the largest batch that a run will train on."""
-    order = islice(batches([row.tokens for row in rows], recipe.batch, seed), recipe.steps)
+    order = islice(batches(sizes_of(rows), recipe.batch, seed), recipe.steps)
     shapes = {_shape([rows[index] for index in batch]) for batch in order}
     return max(shapes, key=lambda shape: shape.rows * (shape.length + shape.answer))
 

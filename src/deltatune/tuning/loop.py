@@ -32,7 +32,7 @@ from deltatune.tuning.checkpoint import (
     unpack_random,
     write_checkpoint,
 )
-from deltatune.tuning.encode import Row, batches, collate, epoch_order
+from deltatune.tuning.encode import Row, batches, collate, epoch_order, sizes_of
 from deltatune.tuning.loss import Loss, make_loss
 from deltatune.tuning.memory import Peak, in_use
 from deltatune.tuning.optim import learning_rate, make_optimizer
@@ -119,13 +119,12 @@ class Loop:
 
     def order(self) -> Iterator[list[Row]]:
         """Yield the batches from the step that the run is at."""
-        sizes = [row.tokens for row in self.rows]
-        for batch in batches(sizes, self.recipe.batch, self.seed, self.progress.step):
+        for batch in batches(sizes_of(self.rows), self.recipe.batch, self.seed, self.progress.step):
             yield [self.rows[index] for index in batch]
 
     def prepare(self) -> None:
         """Find out what of each step can be spared on this backbone with this delta."""
-        first = epoch_order([row.tokens for row in self.rows], self.recipe.batch, self.seed, 0)
+        first = epoch_order(sizes_of(self.rows), self.recipe.batch, self.seed, 0)
         data = Data(self.rows, first, self.batch)
         self.model.eval()  # what is tried draws no random numbers, which a continued run would miss
         self.loss = make_loss(self.model, data.batch(data.probe))
