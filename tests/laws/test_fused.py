@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import deltatune as dt
-from deltatune.core.fused import remake
+from deltatune.core.fused import Remake, Shared, remake
 from tests import tiny
 from tests.laws.cases import BACKBONES, busy, cases, delta_of, fresh, output
 
@@ -166,6 +167,19 @@ def test_a_changed_input_is_seen_by_what_stands_before_it_and_by_nothing_behind(
     second = dt.attach(model, busy(fresh(dt.IA3().at("ffn.down:in"), model)))  # now something stands behind it
     second.detach()
     torch.testing.assert_close(output(model), found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_graph_is_gone_when_nobody_holds_it(backward):
+    model = tiny.llama().train()
+    attached(model, dt.LoRA(rank=2).at(EVERY) + dt.IA3().at("ffn.down:in"))
+    for _ in range(3):
+        loss = output(model).square().mean()
+        if backward:
+            loss.backward()
+        del loss
+    gc.collect()
+    assert not any(isinstance(found, Shared | Remake) for found in gc.get_objects())
 
 
 def test_trace_tells_the_sites_that_train_fused():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,19 +55,28 @@ def own(y: Tensor) -> bool:
     return y.is_contiguous() and not y._is_view()
 
 
-class Remake:
-    """A tensor of the graph that is computed again; its users in one backward pass share it."""
+@dataclass
+class Shared:
+    """What the users of one tensor share in a backward pass: how many are still to come, and the tensor between them."""
 
-    def __init__(self, make: Make) -> None:
-        self.make, self.users, self.value = make, 0, None
+    users: int = 0
+    value: Tensor | None = None
+
+
+@dataclass
+class Remake:
+    """A tensor of the graph that is computed again, for one of its users."""
+
+    make: Make
+    shared: Shared
 
     def __call__(self) -> Tensor:
         """Return the tensor, and forget it with its last user; what a second derivative needs is made for it alone."""
         if torch.is_grad_enabled():
             return self.make()
-        value = self.make() if self.value is None else self.value
-        self.users -= 1
-        self.value = value if self.users > 0 else None
+        value = self.make() if self.shared.value is None else self.shared.value
+        self.shared.users -= 1
+        self.shared.value = value if self.shared.users > 0 else None
         return value
 
 
@@ -76,15 +86,13 @@ def remake(x: Tensor) -> Remake | None:
     Autograd releases what a node has kept after the node's own backward, which comes later than that of its consumers.
     """
     node: Any = x.grad_fn
-    if node is None or _checkpointed():
+    make = _maker(node)
+    if make is None or _checkpointed():
         return None
-    if _KEY not in node.metadata:
-        make = _maker(node)
-        node.metadata[_KEY] = None if make is None else Remake(make)
-    found: Remake | None = node.metadata[_KEY]
-    if found is not None:
-        found.users += 1
-    return found
+    # The node must not hold what makes x, which holds the node: no collector would find the two.
+    shared = node.metadata.setdefault(_KEY, Shared())
+    shared.users += 1
+    return Remake(make, shared)
 
 
 _KEY = "deltatune.remake"
@@ -97,7 +105,7 @@ def _checkpointed() -> bool:
 
 
 def _maker(node: Any) -> Make | None:
-    known = _MAKERS.get(node.name())
+    known = None if node is None else _MAKERS.get(node.name())
     return None if known is None else known(node)
 
 

@@ -12,12 +12,13 @@ from torch import Generator, Tensor, nn
 from deltatune.core.attach import Attachment
 from deltatune.core.delta import Placement
 from deltatune.core.leaves import tensors_of
-from deltatune.core.method import Bag
+from deltatune.core.method import Bag, Method
 
 
 def penalty(attachment: Attachment) -> Tensor | None:
     """Return the sum of the methods' penalties over all sites, a scalar to add to the loss, or None when there is none."""
-    terms = [p.method.computes.penalty(tensors_of(p, attachment.leaves)(torch.float32)) for p in attachment.placements]
+    own = [p for p in attachment.placements if type(p.method.computes).penalty is not Method.penalty]
+    terms = [p.method.computes.penalty(tensors_of(p, attachment.leaves)(torch.float32)) for p in own]
     some = [term for term in terms if term is not None]
     return torch.stack(some).sum() if some else None
 
@@ -28,7 +29,7 @@ def drawn(attachment: Attachment, seed: int) -> Iterator[None]:
     generator = Generator().manual_seed(seed)
     kept: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
-        for placement in attachment.placements:
+        for placement in (p for p in attachment.placements if type(p.method).draw is not Method.draw):
             live = _live(attachment, placement)
             for leaf, value in placement.method.draw(Bag(live), generator).items():
                 kept.append((live[leaf], live[leaf].clone()))
@@ -44,7 +45,7 @@ def drawn(attachment: Attachment, seed: int) -> Iterator[None]:
 def advance(attachment: Attachment, step: int, steps: int) -> None:
     """Let every method change its own leaves after optimizer step `step` of `steps`, with the gradients still in place."""
     terms: dict[int, list[Placement]] = {}
-    for placement in attachment.placements:
+    for placement in (p for p in attachment.placements if type(p.method).step is not Method.step):
         terms.setdefault(placement.term, []).append(placement)
     for placements in terms.values():
         live = [_live(attachment, placement) for placement in placements]
