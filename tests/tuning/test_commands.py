@@ -157,4 +157,4 @@ def test_a_cache_that_is_no_size_is_refused(
     names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, _, errors = call(capsys, monkeypatch, "tune", *names, "--cache", "much", "--out", str(tmp_path / "run"))
-    assert code != 0 and "'much' is not a size" in " ".join(errors.split()) and not (tmp_path / "run").exists()
+    assert code != 0 and "'much' is no amount of memory" in " ".join(errors.split()) and not (tmp_path / "run").exists()
