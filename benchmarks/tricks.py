@@ -1,0 +1,133 @@
+"""What each way to spare work and memory gives, alone and with those before it: LoRA of rank 8 on every linear of a Llama.
+
+The first row has none of them: LoRA as three products of autograd, the loss of all logits, everything in fp32. Eight tokens
+of each row are answers whose labels count, as in a task.
+
+- *Fused LoRA* makes the input of a layer again in the backward pass instead of keeping it, writes over the layer's output, and
+  has the short side of every product in front.
+- *One backward* sums the gradients of a layer's input in one place; it needs fused LoRA.
+- *Answers only* computes the last feed-forward layer, the head and the loss for the tokens whose labels count.
+- *bf16* holds the frozen weights in bfloat16 and attends by matrix products; leaves stay in fp32.
+
+A step is forward and backward pass, without an optimizer. What is kept of frozen blocks from epoch to epoch is told by `frozen`,
+batches by length and whole trainings by `end_to_end`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import deltatune as dt
+from benchmarks.benchmark import Benchmark, Result, Table
+from benchmarks.measure import ratios, show
+from benchmarks.shape import LlamaShape
+from benchmarks.training import STEP, Contestant
+from benchmarks.twins import EVERY_LINEAR
+from deltatune.backbones.dense import attend_densely
+from deltatune.core.ports import BaseView
+from deltatune.tuning.encode import IGNORED
+from deltatune.tuning.loss import OwnLoss, make_loss
+
+FUSED, BACKWARD, ANSWERS, BF16 = "fused LoRA", "one backward", "answers only", "bf16"
+TRICKS = (FUSED, BACKWARD, ANSWERS, BF16)
+ALONE = {FUSED: (FUSED,), BACKWARD: (FUSED, BACKWARD), ANSWERS: (ANSWERS,), BF16: (BF16,)}
+TOGETHER = {name: TRICKS[: place + 1] for place, name in enumerate(TRICKS)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape(LlamaShape):
+    """A model, a batch, and how many tokens of each row are answers."""
+
+    rows: int
+    tokens: int
+    answers: int
+
+
+@contextmanager
+def without_one_backward() -> Iterator[None]:
+    """The scope in which autograd sums the gradients of a layer's input."""
+    before = BaseView.plain
+    BaseView.plain = property(lambda view: None)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        BaseView.plain = before  # type: ignore[method-assign]
+
+
+def contestant(shape: Shape, tricks: tuple[str, ...]) -> Contestant:
+    """Build LoRA on a model of its own, with some of the tricks."""
+    model = shape.model()
+    attachment = dt.attach(model, dt.LoRA(rank=8, alpha=16).at(EVERY_LINEAR))
+    if BF16 in tricks:
+        model.to(torch.bfloat16)
+        attachment.leaves.float()
+        attend_densely(model)
+    ids = shape.ids(shape.rows, shape.tokens)
+    labels = ids.clone()
+    labels[:, : -shape.answers] = IGNORED
+    batch = {"input_ids": ids, "labels": labels}
+    loss = make_loss(model, batch) if ANSWERS in tricks else OwnLoss(model)
+
+    def step() -> Tensor:
+        with ExitStack() as scopes:
+            if FUSED not in tricks:
+                scopes.enter_context(forward_ad.dual_level())
+            if BACKWARD not in tricks:
+                scopes.enter_context(without_one_backward())
+            return loss(batch)
+
+    return Contestant(step, list(attachment.parameters()), model, str(attachment.delta))
+
+
+def measure(shape: Shape) -> Result:
+    """Measure all selections of tricks that are told, each once."""
+    chosen = dict.fromkeys([(), *ALONE.values(), *TOGETHER.values()])
+    ways = {tricks: contestant(shape, tricks) for tricks in chosen}
+    saved = {tricks: way.saved_bytes() for tricks, way in ways.items()}
+    names: dict[tuple[str, ...], str] = {tricks: ", ".join(tricks) for tricks in ways}
+    took = shape.turns({names[tricks]: way.turn for tricks, way in ways.items()})
+
+    def told(tricks: tuple[str, ...]) -> dict[str, object]:
+        return {
+            "ratio": ratios(took[names[tricks]].seconds[STEP], took[names[()]].seconds[STEP]).to_json(),
+            "saved_ratio": saved[tricks] / saved[()],
+        }
+
+    return {
+        "milliseconds": 1e3 * took[names[()]].median(STEP),
+        "saved_bytes": saved[()],
+        "rows": [{"trick": name, "alone": told(ALONE[name]), "together": told(TOGETHER[name])} for name in TRICKS],
+    }
+
+
+def tables(result: Result) -> list[Table]:
+    """Return what each gives of the step and of what is saved, alone and with those before it."""
+    first = ("none", f"{result['milliseconds']:.0f} ms", f"{result['saved_bytes'] / 2**20:.1f} MiB", "1.00", "1.00")
+    rows = [first, *(_row(row) for row in result["rows"])]
+    size = "{layers} layers, d={width}, ffn={ffn}, batch {rows} x {tokens}, {answers} answers a row".format(
+        **result["shape"]
+    )
+    columns = ("", "step, alone", "saved, alone", "step, with those above", "saved, with those above")
+    return [Table(f"What each trick gives, over a step without any ({size})", columns, rows)]
+
+
+def _row(row: Result) -> tuple[str, ...]:
+    return (row["trick"], *_told(row["alone"]), *_told(row["together"]))
+
+
+def _told(one: Result) -> tuple[str, str]:
+    return show(one["ratio"]), f"{one['saved_ratio']:.2f}"
+
+
+BENCHMARK = Benchmark(
+    full=Shape(rounds=11, layers=4, width=768, ffn=2048, heads=12, rows=4, tokens=128, answers=8),
+    quick=Shape(rounds=2, layers=1, width=64, ffn=96, heads=2, rows=2, tokens=16, answers=4),
+    measure=measure,
+    tables=tables,
+)
