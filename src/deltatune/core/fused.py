@@ -55,6 +55,12 @@ def own(y: Tensor) -> bool:
     return y.is_contiguous() and not y._is_view()
 
 
+def added(y: Tensor, b: Tensor) -> Tensor:
+    """Return y + b, in place of a layer's output y where that is its own."""
+    ordinary = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    return y.add_(b) if ordinary and own(y) and y.dtype == b.dtype else y + b
+
+
 @dataclass
 class Shared:
     """What the users of one tensor share in a backward pass: how many are still to come, and the tensor between them."""
@@ -69,6 +75,11 @@ class Remake:
 
     make: Make
     shared: Shared
+
+    @property
+    def released(self) -> bool:
+        """Whether nobody else will use the tensor that was made last, so that its user may write over it."""
+        return self.shared.value is None and not torch.is_grad_enabled()
 
     def __call__(self) -> Tensor:
         """Return the tensor, and forget it with its last user; what a second derivative needs is made for it alone."""

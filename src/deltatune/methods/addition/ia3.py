@@ -50,27 +50,27 @@ class IA3(OnLinear):
 
 
 class Scaled(Fused):
-    """x * l for x [..., d] and l [1, d]; x is kept only where nothing makes it again."""
+    """x * l for x [..., d] and l [1, d], where x need not be kept because it can be made again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, l: Tensor, again: Remake | None) -> Tensor:  # noqa: E741
+    def forward(ctx: Any, x: Tensor, l: Tensor, again: Remake) -> Tensor:  # noqa: E741
         ctx.again = again
-        ctx.save_for_backward(l, *(() if again else (x,)))
+        ctx.save_for_backward(l)
         return x * l
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (l, *kept) = grads, ctx.saved_tensors  # noqa: E741
+        (g,), (l,) = grads, ctx.saved_tensors  # noqa: E741
         gx = g * l if ctx.needs_input_grad[0] else None
-        x = kept[0] if kept else ctx.again()
-        return gx, (g * x).flatten(0, -2).sum(0, keepdim=True), None
+        x = ctx.again()
+        product = x.mul_(g) if ctx.again.released else g * x
+        return gx, product.flatten(0, -2).sum(0, keepdim=True), None
 
 
 def _scaled(x: Tensor, l: Tensor) -> Tensor:  # noqa: E741
     """Return x * l."""
-    if fusible() and l.requires_grad and l.dim() == 2:
-        return cast(Tensor, Scaled.apply(x, l, remake(x)))
-    return x * l
+    again = remake(x) if l.requires_grad and l.dim() == 2 and fusible() else None
+    return x * l if again is None else cast(Tensor, Scaled.apply(x, l, again))
 
 
 def _at_input(p: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from deltatune.core.delta import Delta
+from deltatune.core.fused import added
 from deltatune.core.leaf import Leaf
 from deltatune.core.method import Base, OnLinear
 from deltatune.core.site import Site
@@ -35,7 +36,7 @@ class BitFit(OnLinear):
         return p.b if b is None else b + p.b.to(b.dtype)
 
     def output(self, p: Any, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        return y + p.b
+        return added(y, p.b)
 
 
 def bitfit_subset() -> Delta:
