@@ -74,7 +74,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         known = known and not (tensor.is_meta or tensor.is_complex())
         if known:
             flat = codes(tensor).detach().reshape(-1)
-            samples.append(flat[_picked(flat.numel(), flat.device)].to("cpu", torch.bfloat16))
+            samples.append(flat.index_select(0, _picked(flat.numel(), flat.device)).to("cpu", torch.bfloat16))
     family = next(kind.__name__ for kind in type(model).__mro__ if "forward" in vars(kind))  # FSDP2 adds a subclass
     if not known:
         return Fingerprint(family, shapes.hexdigest()[:16], None)
