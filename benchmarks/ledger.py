@@ -37,6 +37,7 @@ from deltatune.tuning.loop import deterministic
 from deltatune.tuning.loss import make_loss
 from deltatune.tuning.memory import Peak
 from deltatune.tuning.optim import make_optimizer
+from deltatune.tuning.precision import hold_in
 from deltatune.tuning.rates import measure as measure_rates
 from deltatune.tuning.recipe import Recipe
 
@@ -83,13 +84,15 @@ def batch(backbone: str) -> Batch:
 def train(backbone: str, method: str, steps: int, back: bool) -> Result:
     """Train in this process; return the bytes held before the first step, the peak, and the median seconds of a step."""
     model, recipe, device = model_of(backbone).train(), Recipe(), torch.device("cpu")
+    hold_in(model, recipe.precision)
     given = batch_of(model, batch(backbone), device)
     attachment = dt.attach(model, dt.parse(METHODS[method]))
-    parameters, loss = list(attachment.parameters()), make_loss(model, {name: t[:2] for name, t in given.items()})
+    parameters = list(attachment.parameters())
     optimizer = make_optimizer(recipe, parameters)
     if back:
         give_back()
     held, peak, seconds = resident(device), Peak(device), []
+    loss = make_loss(model, {name: tensor[:2] for name, tensor in given.items()})
     with deterministic(device):
         for _ in range(steps):
             start = time.process_time()
