@@ -101,7 +101,7 @@ def table(folder: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def test_ten_kills_change_nothing(write: Callable, models: Path, tmp_path: Path) -> None:
-    plan = write(seeds="0, 1", more=MORE)
+    plan = write(seeds="0, 1, 2, 3", more=MORE)
     finish(command(plan, tmp_path / "calm", models, workers=2))
     chance = random.Random(os.environ.get("DELTATUNE_KILL_SEED", "2"))
     killed: list[str] = []
@@ -112,7 +112,7 @@ def test_ten_kills_change_nothing(write: Callable, models: Path, tmp_path: Path)
             break
     finish(command(plan, tmp_path / "killed", models, workers=1))
     calm = table(tmp_path / "calm")
-    assert len(calm) == 4 + 8
+    assert len(calm) == 4 + 16
     assert killed.count("training") >= 3, f"the kills came too late to disturb anything: {killed}"
     assert table(tmp_path / "killed") == calm
     kept = {path.name for path in (tmp_path / "killed").glob("runs/*/*")}
