@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,6 +53,8 @@ def test_the_gramian_of_a_linear_system_is_found():
         lambda x: x.sum(),
     )
     found = controllability(system, probes=4)
+    dear = replace(system, cost=lambda x, u: (x @ x + u.sum()) / 2)
+    assert controllability(dear, probes=4) == found, "what controls cost is no part of what they reach"
     for index, reach in enumerate(found.steps):
         J = torch.linalg.matrix_power(A, 2 - index) @ B
         wanted = torch.linalg.eigvalsh(J @ J.mT).clamp(min=0).flip(0)

@@ -11,14 +11,15 @@ Ding et al., 2022, section 4.2.)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltatune.errors import DeltaTuneError
-from deltatune.theory.dynamics import Dynamics, Step
+from deltatune.theory.dynamics import Dynamics, Step, no_cost
+from deltatune.theory.finding import Finding
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Reach:
 
 
 @dataclass(frozen=True)
-class Controllability:
+class Controllability(Finding):
     """The reach of every step, in the order in which they run."""
 
     steps: tuple[Reach, ...]
@@ -66,7 +67,7 @@ def controllability(
     """
     if not system.controls:
         raise DeltaTuneError("this delta has nothing that is trained, so it controls nothing; attach one that has.")
-    steps, _ = system.run()
+    steps = [replace(step, cost=no_cost) for step in system.run()[0]]  # a reach has no price
     seen = watch(steps[-1].after)
     if not 0 < probes <= seen.numel():
         raise DeltaTuneError(f"{probes} probes of a state of {seen.numel()} numbers; write 1 to {seen.numel()}.")
