@@ -24,7 +24,7 @@ from benchmarks.benchmark import Benchmark, Result, Table
 from benchmarks.measure import Clock, Spread, ratios, show
 from benchmarks.plots import Bars, Plot
 from benchmarks.shape import LlamaShape
-from benchmarks.twins import with_delta
+from benchmarks.twins import LORA, with_delta
 from deltatune.tuning.cache import Bound
 from deltatune.tuning.encode import IGNORED, Row
 from deltatune.tuning.loop import Loop
@@ -93,8 +93,7 @@ def measure(shape: Shape) -> Result:
         took = shape.turns({" ".join(key): turn for key, turn in turns.items()})
         rows += [_row(text, method, {kept: took[f"{method} {kept}"] for kept in BOUNDS}) for method in found]
     ids = shape.ids(shape.rows, shape.tokens)
-    every = dt.LoRA(rank=8).at("{attn.{q,k,v,o},ffn.{gate,up,down}}")
-    lora = with_delta(shape.model(), ids, every).saved_bytes()
+    lora = with_delta(shape.model(), ids, LORA).saved_bytes()
     saved = {method: with_delta(shape.model(), ids, delta).saved_bytes() / lora for method, delta in found.items()}
     return {"epochs": rows, "lora_bytes": lora, "saved": saved}
 

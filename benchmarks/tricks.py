@@ -28,7 +28,7 @@ from benchmarks.benchmark import Benchmark, Result, Table
 from benchmarks.measure import ratios, show
 from benchmarks.shape import LlamaShape
 from benchmarks.training import STEP, Contestant
-from benchmarks.twins import EVERY_LINEAR
+from benchmarks.twins import LORA
 from deltatune.backbones.dense import attend_densely
 from deltatune.core.ports import BaseView
 from deltatune.tuning.encode import IGNORED
@@ -63,7 +63,7 @@ def without_one_backward() -> Iterator[None]:
 def contestant(shape: Shape, tricks: tuple[str, ...]) -> Contestant:
     """Build LoRA on a model of its own, with some of the tricks."""
     model = shape.model()
-    attachment = dt.attach(model, dt.LoRA(rank=8, alpha=16).at(EVERY_LINEAR))
+    attachment = dt.attach(model, LORA)
     if BF16 in tricks:
         model.to(torch.bfloat16)
         attachment.leaves.float()

@@ -7,6 +7,7 @@ hang under one reserved child of the root, `model.deltas.<name>`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 from keyword import iskeyword
@@ -147,7 +148,13 @@ def attach(
     else:
         placements = place(model, as_delta(what), parts)
         weights = start(as_delta(what), model, placements, seed)
-    leaves = hold(model, weights, placements)
+    return enliven(model, name, weights, placements, hold(model, weights, placements), parts)
+
+
+def enliven(
+    model: nn.Module, name: str, weights: Weights, placements: list[Placement], leaves: Leaves, parts: Anatomy
+) -> Attachment:
+    """Put `leaves` that hold the tensors of `weights` to work, under a name that is free."""
     edits, settings = plan(model, placements, leaves, parts)
     attachment = Attachment(model, name, weights, placements, leaves)
     hang(attachment, settings)
@@ -243,6 +250,18 @@ def take_off(link: Link, modules: Iterable[nn.Module]) -> None:
         if not ports.entries:
             del module.__dict__[PORTS]
             module.__class__ = without_ports(type(module))
+
+
+@contextmanager
+def edited(model: nn.Module, edits: list[Edit]) -> Iterator[None]:
+    """The scope in which these ports stand at the model's modules, behind those that are there; scopes may be nested."""
+    name = f"for a time {id(edits)}"  # no attachment can have a name with a space
+    link = Link(model, name, nn.Module(), name)
+    try:
+        put(link, edits)
+        yield
+    finally:
+        take_off(link, dict.fromkeys(edit.module for edit in edits))
 
 
 def _remove(link: Link) -> None:

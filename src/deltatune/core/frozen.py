@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltatune.core.attach import Link, put, take_off
+from deltatune.core.attach import edited
 from deltatune.core.builders import first_argument
 from deltatune.core.calls import Ports, run
 from deltatune.core.ports import Edit
 from deltatune.core.site import Place, anatomy
 
-NAME = "frozen blocks"  # no attachment can have a name with a space
 # What a block hands on besides the hidden state: nothing, an argument by its place or name, or what it makes for all rows alike.
 Rest = tuple[Literal["nothing", "made"], None] | tuple[Literal["argument"], int | str]
 
@@ -172,23 +171,12 @@ class FrozenBlocks:
             yield
 
 
-@contextmanager
-def edited(model: nn.Module, edits: list[Edit]) -> Iterator[None]:
-    """The scope in which these ports stand at the model's modules."""
-    link = Link(model, NAME, nn.Module(), NAME)
-    try:
-        put(link, edits)
-        yield
-    finally:
-        take_off(link, dict.fromkeys(edit.module for edit in edits))
-
-
 def frozen_blocks(model: nn.Module, call: Callable[[], Any]) -> FrozenBlocks:
     """Find the frozen blocks by running `call`, a forward pass over two rows with gradients on.
 
     A block that is called twice, or whose output has a form that is not known, ends what is frozen of its stack.
     """
-    places = [place for place in anatomy(model).places if place.role == "block"]
+    places = anatomy(model).blocks
     seen: list[Seen] = []
     with torch.enable_grad(), edited(model, [_watched(model, place, seen) for place in places]):
         call()

@@ -14,24 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 Make = Callable[[], Tensor]
 
 
-class Fused(Function):
-    """The base of all computations with a backward of their own."""
+def eager() -> bool:
+    """Whether operations run as they are written, and neither a compiler nor `torch.func` looks on."""
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 def fusible() -> bool:
     """Whether gradients are recorded in the ordinary way; a compiler, `torch.func` and forward mode take the plain path."""
-    fused = (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+    fused = torch.is_grad_enabled() and eager() and forward_ad._current_level < 0
     for note in _notes:
         note(fused)
     return fused
@@ -57,8 +53,7 @@ def own(y: Tensor) -> bool:
 
 def added(y: Tensor, b: Tensor) -> Tensor:
     """Return y + b, in place of a layer's output y where that is its own."""
-    ordinary = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    return y.add_(b) if ordinary and own(y) and y.dtype == b.dtype else y + b
+    return y.add_(b) if eager() and own(y) and y.dtype == b.dtype else y + b
 
 
 @dataclass

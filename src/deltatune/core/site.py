@@ -102,6 +102,11 @@ class Anatomy:
     stacks: tuple[Stack, ...] = ()
     places: tuple[Place, ...] = ()
 
+    @property
+    def blocks(self) -> list[Place]:
+        """The places of the blocks, stack by stack, from the input to the output."""
+        return [place for place in self.places if place.role == "block"]
+
     def stack(self, name: str) -> Stack:
         """Return the stack called `name`; raises `DeltaTuneError` when there is none."""
         for stack in self.stacks:

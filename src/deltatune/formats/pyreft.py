@@ -159,7 +159,7 @@ def write_pyreft(model: nn.Module, weights: Weights, folder: Path | str) -> None
 
 def _layers(parts: Anatomy, seats: Sequence[Seat]) -> dict[str, int]:
     """Return the numbers of blocks by their paths; raises `DeltaTuneError` for a seat that is not behind one of the only stack."""
-    blocks = [place for place in parts.places if place.role == "block"]
+    blocks = parts.blocks
     layers = {place.path: place.layer or 0 for place in blocks}
     alone = len({place.stack for place in blocks}) == 1
     for seat in seats:

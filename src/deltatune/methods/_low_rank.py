@@ -6,9 +6,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import functional as F
 
-from deltatune.core.fused import Fused, Remake, fusible, own, remake
+from deltatune.core.fused import Remake, fusible, own, remake
 from deltatune.core.leaf import Given
 from deltatune.core.method import Base
 
@@ -38,7 +39,7 @@ def routed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, base:
     return _added(y, A @ _flat(x).mT, B, scale, y.is_contiguous())
 
 
-class Down(Fused):
+class Down(Function):
     """h = A x^T, [r, n] for x [..., d] of n rows; x is kept only where A is trained and nothing makes it again.
 
     The short side stands in front: [r, d] [d, n] runs twice as fast on a CPU as [n, d] [d, r].
@@ -59,7 +60,7 @@ class Down(Fused):
         return gx, gA, None
 
 
-class Up(Fused):
+class Up(Function):
     """y + scale h^T B^T for h [r, n] and y [..., d] of n rows, written over y where it can be."""
 
     @staticmethod
@@ -75,12 +76,12 @@ class Up(Fused):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (h, B) = grads, ctx.saved_tensors
         to_h, to_y, to_B, _ = ctx.needs_input_grad
-        gh = (B.mT * ctx.scale).contiguous() @ _flat(g).mT if to_h else None
-        gB = (h @ _flat(g)).mT * ctx.scale if to_B else None
+        gh = _slope_of_h(g, B, ctx.scale) if to_h else None
+        gB = _slope_of_B(g, h, ctx.scale) if to_B else None
         return gh, g if to_y else None, gB, None
 
 
-class Both(Fused):
+class Both(Function):
     """y + scale (x A^T) B^T for y = x W^T + b, whose own backward it takes over: g W + g B A in one place."""
 
     @staticmethod
@@ -95,13 +96,22 @@ class Both(Fused):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (h, A, B, W, *kept) = grads, ctx.saved_tensors
-        x, g = _flat(kept[0] if kept else ctx.again()), _flat(g)
-        gh = (B.mT * ctx.scale).contiguous() @ g.mT
+        x, gh, through = _flat(kept[0] if kept else ctx.again()), _slope_of_h(g, B, ctx.scale), _flat(g) @ W
         if torch.is_grad_enabled():
-            h, gx = A @ x.mT, g @ W + gh.mT @ A
+            h, gx = A @ x.mT, through + gh.mT @ A
         else:
-            gx = (g @ W).addmm_(gh.mT, A)
-        return gx.view(ctx.shape), None, gh @ x, (h @ g).mT * ctx.scale, None, None, None
+            gx = through.addmm_(gh.mT, A)
+        return gx.view(ctx.shape), None, gh @ x, _slope_of_B(g, h, ctx.scale), None, None, None
+
+
+def _slope_of_h(g: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return the gradient [r, n] of h in y + scale h^T B^T, for that of the sum, g [..., d_out]."""
+    return (B.mT * scale).contiguous() @ _flat(g).mT
+
+
+def _slope_of_B(g: Tensor, h: Tensor, scale: float) -> Tensor:
+    """Return the gradient [d_out, r] of B in the same."""
+    return (h @ _flat(g)).mT * scale
 
 
 def _added(y: Tensor, h: Tensor, B: Tensor, scale: float, over: bool) -> Tensor:

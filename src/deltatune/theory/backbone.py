@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from deltatune.core.attach import Attachment
+from deltatune.core.attach import Attachment, edited
 from deltatune.core.builders import first_argument
 from deltatune.core.calls import Ports
-from deltatune.core.frozen import edited
 from deltatune.core.ports import PORTS, Call, Edit
 from deltatune.core.site import Place, anatomy
 from deltatune.core.walk import submodule
@@ -77,7 +76,7 @@ class BackboneDynamics(Dynamics):
     def __init__(self, attachment: Attachment, call: Callable[[], Tensor], cost: Cost = no_cost) -> None:
         self.attachment, self.call, self.cost = attachment, call, cost
         self.model = attachment.model
-        self.places = [place for place in anatomy(self.model).places if place.role == "block"]
+        self.places = anatomy(self.model).blocks
         if not self.places:
             raise DeltaTuneError(
                 "the blocks of this model are not known, so it has no steps; use a transformers model, or a model whose layers "

@@ -23,6 +23,7 @@ from deltatune.core.ports import PORTS
 from deltatune.errors import DeltaTuneError
 from deltatune.theory.backbone import BackboneDynamics
 from deltatune.theory.dynamics import Step
+from deltatune.theory.finding import Finding
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class ControlReport:
+class ControlReport(Finding):
     """All steps of one batch, in the order in which they run, and J."""
 
     loss: float
@@ -80,16 +81,14 @@ def control_report(system: BackboneDynamics, radius: float = 0.1, ascents: int =
 
 
 def _report(system: BackboneDynamics, step: Step, radius: float, ascents: int) -> StepReport:
-    slope = _norm(step.slope.values())
     count = sum(tensor.numel() for tensor in step.controls.values())
     with torch.no_grad():
-        hamiltonian = float(step.hamiltonian())
-    common = (step.name, count, hamiltonian, slope)
-    if step.advance is None:
-        return StepReport(*common, None, float(step.p.norm()), None, None)
-    _check(step)
-    with torch.no_grad():
         y = step.y.detach()
+        hamiltonian = float((step.p * y).sum() - step.cost(step.controls))
+        common = (step.name, count, hamiltonian, _norm(step.slope.values()))
+        if step.advance is None:
+            return StepReport(*common, None, float(step.p.norm()), None, None)
+        _check(step, step.advance())
         with without(system.attachment):
             bare = step.advance()
         added = (y - bare).norm()
@@ -99,7 +98,7 @@ def _report(system: BackboneDynamics, step: Step, radius: float, ascents: int) -
 
 
 def violation(step: Step, radius: float, ascents: int) -> float:
-    """Return V_j, by projected gradient ascent from d_j with steps of the radius over the ascents; 0 without controls."""
+    """Return V_j, by gradient ascent from d_j in steps that are as long as the radius together; 0 without controls."""
     if not step.controls or step.advance is None:
         return 0.0
     controls = list(step.controls.values())
@@ -112,7 +111,7 @@ def violation(step: Step, radius: float, ascents: int) -> float:
             values.append(float(value.detach()))
             if ascent < ascents:
                 slopes = torch.autograd.grad(value, controls, allow_unused=True)
-                _ascend(controls, before, slopes, reach / ascents)
+                _ascend(controls, slopes, reach / ascents)
     finally:
         with torch.no_grad():
             for tensor, old in zip(controls, before, strict=True):
@@ -121,7 +120,7 @@ def violation(step: Step, radius: float, ascents: int) -> float:
 
 
 @torch.no_grad()
-def _ascend(controls: list[Tensor], before: list[Tensor], slopes: Any, step: float) -> None:
+def _ascend(controls: list[Tensor], slopes: Any, step: float) -> None:
     # Each step is reach / ascents long, so no number of them leaves the ball.
     size = _norm(slope for slope in slopes if slope is not None)
     for tensor, slope in zip(controls, slopes, strict=True):
@@ -134,10 +133,8 @@ def _norm(tensors: Any) -> float:
     return sum(squares) ** 0.5
 
 
-def _check(step: Step) -> None:
-    assert step.advance is not None
-    with torch.no_grad():
-        again = step.advance()
+def _check(step: Step, again: Tensor) -> None:
+    """Raise `DeltaTuneError` where a step that was run by itself gave something else than in the sweep."""
     scale = step.y.detach().abs().max().clamp(min=1e-12)
     if again.shape != step.y.shape or float((again - step.y.detach()).abs().max() / scale) > 1e-3:
         raise DeltaTuneError(

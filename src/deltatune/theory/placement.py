@@ -20,11 +20,12 @@ from deltatune.core.attach import attach
 from deltatune.core.delta import Delta, as_delta
 from deltatune.core.method import Method
 from deltatune.errors import DeltaTuneError
+from deltatune.theory.finding import Finding
 from deltatune.tuning.structure import fill, size
 
 
 @dataclass(frozen=True)
-class Placed:
+class Placed(Finding):
     """A delta within a budget, its trained parameters, and the authority of every candidate, by site and method."""
 
     delta: Delta

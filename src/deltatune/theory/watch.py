@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltatune.core.attach import Link, put, take_off
+from deltatune.core.attach import edited
 from deltatune.core.calls import Ports
 from deltatune.core.ports import Edit
 from deltatune.core.site import Site, anatomy
@@ -49,9 +49,5 @@ def watching(model: nn.Module, where: str) -> Iterator[Seen]:
                 "ask at its last linear (ffn.down, attn.o) or at block."
             )
     edits = [Edit(model.get_submodule(s.path), "pre" if s.side == "in" else "post", Watch(s, seen)) for s in sites]
-    link = Link(model, f"watch {id(seen)}", nn.Module(), f"a look at {where}")  # nested looks are each their own
-    try:
-        put(link, edits)
+    with edited(model, edits):
         yield seen
-    finally:
-        take_off(link, dict.fromkeys(edit.module for edit in edits))

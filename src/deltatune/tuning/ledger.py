@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from deltatune.core.attach import Attachment, hang, plan, put
+from deltatune.core.attach import Attachment, enliven
 from deltatune.core.delta import Delta, Placement, as_delta, place
 from deltatune.core.leaf import Given, Leaf
 from deltatune.core.leaves import Leaves, key
@@ -241,7 +241,8 @@ class Trial:
 
 def attach_fake(model: nn.Module, weights: Weights, device: torch.device) -> Attachment:
     """Attach a delta whose leaves have shapes and no values, so that no start is computed."""
-    placements = place(model, weights.delta)
+    parts = anatomy(model)
+    placements = place(model, weights.delta, parts)
     trained: dict[str, nn.Parameter] = {}
     others: dict[str, Tensor] = {}
     for placement in placements:
@@ -252,12 +253,7 @@ def attach_fake(model: nn.Module, weights: Weights, device: torch.device) -> Att
             else:
                 dtype = _dtype(model, placement, declared)
                 others.setdefault(name, torch.empty(declared.shape, dtype=dtype, device=device))
-    leaves = Leaves(trained, others)
-    edits, settings = plan(model, placements, leaves)
-    attachment = Attachment(model, "planned", weights, placements, leaves)
-    hang(attachment, settings)
-    put(attachment, edits)
-    return attachment
+    return enliven(model, "planned", weights, placements, Leaves(trained, others), parts)
 
 
 def _dtype(model: nn.Module, placement: Placement, leaf: Leaf) -> torch.dtype:
@@ -282,7 +278,7 @@ def batch_of(model: Any, shape: Shape, device: torch.device) -> dict[str, Tensor
 
 def block_paths(model: nn.Module) -> list[str]:
     """Return the paths of the backbone's blocks, from its input to its output."""
-    return [place.path for place in anatomy(model).places if place.role == "block"]
+    return [place.path for place in anatomy(model).blocks]
 
 
 def _vocabulary(model: Any) -> int:

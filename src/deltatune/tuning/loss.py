@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltatune.core.attach import attachments
+from deltatune.core.attach import attachments, edited
 from deltatune.core.calls import Ports, run
-from deltatune.core.frozen import edited
 from deltatune.core.ports import PORTS, Call, Edit
 from deltatune.core.site import anatomy
 from deltatune.core.stored import storage
@@ -231,7 +230,7 @@ def _reading(model: Any) -> Reading | None:
     placements = [p for attached in attachments(model).values() for p in attached.placements]
     counting = any(p.method.computes.acts == "positions" and (p.site.stack, p.site.layer) == layer for p in placements)
     ends = None
-    last = [place.path for place in parts.places if place.role == "block" and (place.stack, place.layer) == layer]
+    last = [place.path for place in parts.blocks if (place.stack, place.layer) == layer]
     again = any(
         vars(model.get_submodule(path))[PORTS].around for path in last if PORTS in vars(model.get_submodule(path))
     )

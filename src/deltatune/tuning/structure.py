@@ -81,10 +81,7 @@ class _Search:
         named = dict(attachment.named_parameters())
         self.z = [named[p.name("z")] for p in self.placements]
         weights = {id(z) for z in self.z}
-        self.sizes = torch.tensor([float(size(p)) for p in self.placements])
-        if budget < self.sizes.min():
-            least = int(self.sizes.min())
-            raise DeltaTuneError(f"a budget of {budget:,} parameters holds no candidate; the smallest has {least:,}.")
+        self.sizes = torch.tensor([float(one) for one in sizes_within(self.placements, budget)])
         self.alpha = torch.zeros(len(self.placements), requires_grad=True)
         self.leaves = torch.optim.AdamW([t for t in named.values() if id(t) not in weights], lr=lr, weight_decay=0.0)
         self.structure = torch.optim.Adam([self.alpha], lr=structure_lr)
@@ -130,9 +127,7 @@ def fill(candidates: Delta, placements: Sequence[Placement], worth: Sequence[flo
 
     Raises `DeltaTuneError` when not even the smallest fits.
     """
-    sizes = [size(placement) for placement in placements]
-    if budget < min(sizes):
-        raise DeltaTuneError(f"a budget of {budget:,} parameters holds no candidate; the smallest has {min(sizes):,}.")
+    sizes = sizes_within(placements, budget)
     chosen, left = [], budget
     for i in sorted(range(len(sizes)), key=lambda i: -worth[i]):
         if sizes[i] <= left:
@@ -144,6 +139,14 @@ def fill(candidates: Delta, placements: Sequence[Placement], worth: Sequence[flo
         if sites:
             terms.append(Term("{" + ",".join(dict.fromkeys(map(address, sites))) + "}", term.method))
     return Delta(tuple(terms)), budget - left
+
+
+def sizes_within(placements: Sequence[Placement], budget: int) -> list[int]:
+    """Return the trained parameters of each placement; raises `DeltaTuneError` when not even the smallest fits."""
+    sizes = [size(placement) for placement in placements]
+    if budget < min(sizes):
+        raise DeltaTuneError(f"a budget of {budget:,} parameters holds no candidate; the smallest has {min(sizes):,}.")
+    return sizes
 
 
 def solve(alpha: Tensor, sizes: Tensor, budget: float, beta: float) -> Tensor:

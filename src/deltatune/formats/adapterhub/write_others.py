@@ -44,7 +44,7 @@ REFT: dict[str, Any] = {
 
 
 def _blocks(target: Target) -> dict[tuple[str, int | None], int]:
-    places = [place for place in target.parts.places if place.role == "block"]
+    places = target.parts.blocks
     return {(place.stack, place.layer): layer_number(target.parts, place) for place in places}
 
 

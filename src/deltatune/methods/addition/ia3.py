@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import functional as F
 
-from deltatune.core.fused import Fused, Remake, fusible, remake
+from deltatune.core.fused import Remake, fusible, remake
 from deltatune.core.leaf import Leaf, Ones
 from deltatune.core.method import Base, OnLinear
 from deltatune.core.site import Site
@@ -49,7 +50,7 @@ class IA3(OnLinear):
         return _scaled(y, p.l.mT)
 
 
-class Scaled(Fused):
+class Scaled(Function):
     """x * l for x [..., d] and l [1, d], where x need not be kept because it can be made again."""
 
     @staticmethod
