@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
+from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 
 Make = Callable[[], Tensor]
@@ -110,7 +111,19 @@ def _checkpointed() -> bool:
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
+class Remade(Function):
+    """A function whose output can be made again in the backward pass, from what it keeps anyway."""
+
+    @staticmethod
+    def again(ctx: Any) -> Tensor:
+        """Return the output."""
+        raise NotImplementedError
+
+
 def _maker(node: Any) -> Make | None:
+    if isinstance(node, BackwardCFunction):
+        made: Any = node._forward_cls  # type: ignore[attr-defined]
+        return (lambda: made.again(node)) if issubclass(made, Remade) else None
     known = None if node is None else _MAKERS.get(node.name())
     return None if known is None else known(node)
 
