@@ -2,13 +2,13 @@
 
     S = scale Q K^T + bias + mask    P = softmax(S)    O = P V
 
-Like that kernel it keeps Q, K and V for the backward pass, computes P again, and works on a few rows at a time, so that P
-stays in the cache. Everything else (other float types and devices, dropout) is left to transformers' function.
+It works on a few rows at a time, so that P stays in the cache. Where all of P fits there it is kept for the backward pass;
+where it does not it is computed again, as by that kernel. Everything else (other float types and devices, dropout) is left
+to transformers' function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -68,20 +68,23 @@ class Dense(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
     ) -> Tensor:
-        ctx.scale = scale
-        ctx.save_for_backward(q, k, v, bias, mask)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # once, where each product would do it
+        parts, ctx.scale = _parts(q, k), scale
         o = q.new_empty(*q.shape[:-1], v.shape[-1])
-        for rows in _parts(q, k):
-            torch.matmul(_weights(q, k, bias, mask, scale, rows), v[rows], out=o[rows])
+        for rows in parts:
+            P = _weights(q, k, bias, mask, scale, rows)
+            torch.matmul(P, v[rows], out=o[rows])
+        ctx.save_for_backward(q, k, v, bias, mask, P if len(parts) == 1 else None)
         return o
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (q, k, v, bias, mask) = grads, ctx.saved_tensors
+        (g,), (q, k, v, bias, mask, kept) = grads, ctx.saved_tensors
+        g = g.contiguous()
         gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         gb = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
         for rows in _parts(q, k):
-            P = _weights(q, k, bias, mask, ctx.scale, rows)
+            P = _weights(q, k, bias, mask, ctx.scale, rows) if kept is None else kept
             torch.matmul(P.mT, g[rows], out=gv[rows])
             gS = torch.ops.aten._softmax_backward_data(g[rows] @ v[rows].mT, P, -1, P.dtype)
             if gb is not None:
@@ -93,11 +96,11 @@ class Dense(torch.autograd.Function):
         return gq, gk, gv, gb, None, None
 
 
-def _parts(q: Tensor, k: Tensor) -> Iterator[slice]:
-    """Yield the rows in parts of equal size, so that their products have few shapes."""
+def _parts(q: Tensor, k: Tensor) -> list[slice]:
+    """Return the rows in parts of equal size, so that their products have few shapes."""
     count, each = q.shape[0], q.shape[1] * q.shape[2] * k.shape[2]
     size = -(-count // -(-count * each // CACHED))
-    return (slice(first, first + size) for first in range(0, count, size))
+    return [slice(first, first + size) for first in range(0, count, size)]
 
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, rows: slice) -> Tensor:
