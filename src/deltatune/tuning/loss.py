@@ -48,10 +48,11 @@ class ChunkedLoss(torch.autograd.Function):
         W, b = W.to(dtype), None if b is None else b.to(dtype)
         losses, gradient, size = [], torch.empty_like(x), max(1, CHUNK // W.shape[0])
         for own, wanted, out in zip(x.split(size), labels.split(size), gradient.split(size), strict=True):
-            logits = F.linear(own.to(dtype), W, b)
-            log_p = logits.to(torch.promote_types(dtype, torch.float32)).log_softmax(-1)
-            losses.append(-log_p.gather(1, wanted[:, None]).sum())
-            slope = log_p.exp_().scatter_add_(1, wanted[:, None], log_p.new_full((len(wanted), 1), -1.0))
+            logits, labelled = F.linear(own.to(dtype), W, b), wanted[:, None]
+            p = logits.softmax(-1, torch.promote_types(dtype, torch.float32))
+            highest = logits.amax(-1, keepdim=True).to(p.dtype)  # p is not 0 there, as it may be at the label
+            losses.append((highest - p.amax(-1, keepdim=True).log() - logits.gather(1, labelled)).sum())
+            slope = p.scatter_add_(1, labelled, p.new_full((len(wanted), 1), -1.0))
             out.copy_(slope.to(dtype) @ W)
         ctx.save_for_backward(gradient)
         ctx.tokens = len(labels)
