@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from deltatune.backbones.reader import RowPositions, argument_names, reader
 from deltatune.core.builders import BUILDERS, Built, each
 from deltatune.core.delta import Placement
-from deltatune.core.ports import PORTS, Edit, Port, Setting, Tensors
+from deltatune.core.leaves import Tensors
+from deltatune.core.ports import PORTS, Edit, Port, Setting
 from deltatune.core.site import Anatomy, Part, Site
 from deltatune.errors import DeltaTuneError
 

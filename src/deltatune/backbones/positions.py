@@ -16,7 +16,8 @@ from deltatune.backbones.reader import argument_names, by_name, reader
 from deltatune.core.builders import BUILDERS, Built, first_argument
 from deltatune.core.calls import Ports
 from deltatune.core.delta import Placement
-from deltatune.core.ports import Call, Edit, StreamPort, Tensors
+from deltatune.core.leaves import Tensors
+from deltatune.core.ports import Call, Edit, StreamPort
 from deltatune.core.site import Anatomy, Site
 from deltatune.errors import DeltaTuneError
 

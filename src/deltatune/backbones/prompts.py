@@ -23,7 +23,8 @@ from deltatune.backbones.reader import RowPositions, argument_names, by_name, re
 from deltatune.core.builders import BUILDERS, Built, each
 from deltatune.core.calls import Ports
 from deltatune.core.delta import Placement
-from deltatune.core.ports import Call, Edit, Port, Tensors
+from deltatune.core.leaves import Tensors
+from deltatune.core.ports import Call, Edit, Port
 from deltatune.core.recompute import keeping
 from deltatune.core.site import Anatomy, Stack
 from deltatune.errors import DeltaTuneError

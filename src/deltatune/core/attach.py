@@ -84,6 +84,8 @@ class Link:
 class Attachment(Link):
     """A live link between weights and a backbone; undone by `detach()` or by leaving its `with` block."""
 
+    leaves: Leaves
+
     def __init__(
         self, model: nn.Module, name: str, source: Weights, placements: list[Placement], leaves: Leaves
     ) -> None:

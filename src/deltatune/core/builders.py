@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from deltatune.core.delta import Placement
+from deltatune.core.leaves import Tensors
 from deltatune.core.method import OnLinear
 from deltatune.core.ports import (
     BiasPort,
@@ -21,7 +22,6 @@ from deltatune.core.ports import (
     Setting,
     StreamPort,
     TensorPort,
-    Tensors,
     WeightPort,
 )
 from deltatune.core.site import Anatomy, Site, read_by

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from deltatune.core.calls import Ports
+from deltatune.core.leaves import Tensors
 from deltatune.core.method import Bag
-from deltatune.core.ports import Entrance, InputPort, LinearPort, StreamPort, Tensors
+from deltatune.core.ports import Entrance, InputPort, LinearPort, StreamPort
 from deltatune.core.rows import Rows
 from deltatune.core.together import TOGETHER, Fusion, Joint, LinearRows, Share, StreamRows, Together
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from deltatune.core.delta import Placement
-from deltatune.core.ports import Tensors
+from deltatune.core.method import Bag, Method
 from deltatune.core.stored import device, share_gradients
 from deltatune.core.walk import submodule
 from deltatune.core.weights import Weights, completed
+from deltatune.errors import DeltaTuneError
 
 
 class Leaves(nn.Module):
@@ -19,6 +23,32 @@ class Leaves(nn.Module):
         self._parameters.update(trained)
         self._buffers.update(others)
         self._non_persistent_buffers_set.update(others)
+        self.cast: dict[torch.dtype, dict[str, Tensor]] = {}
+
+
+class Tensors:
+    """A method's tensors at one site, read from the module that holds the delta's leaves at the time of use."""
+
+    def __init__(self, method: Method, holder: Leaves, keys: dict[str, str]) -> None:
+        self.method, self.holder, self.keys = method, holder, keys
+        self.on_meta = any(t.is_meta for t in self.live().values())
+
+    def __call__(self, dtype: torch.dtype) -> Any:
+        """Return the leaves as attributes, cast once to the compute dtype; indices stay whole numbers."""
+        held = self.live()
+        if not self.on_meta and any(t.is_meta for t in held.values()):
+            raise DeltaTuneError(
+                f"the leaves of {self.method} were taken to the meta device after they were attached, as offloading does; "
+                "offload the backbone first, then attach."
+            )
+        if cast := self.holder.cast.get(dtype):
+            held = {leaf: cast.get(key, held[leaf]) for leaf, key in self.keys.items()}
+        return self.method.unfold(Bag({leaf: t.to(dtype) if t.is_floating_point() else t for leaf, t in held.items()}))
+
+    def live(self) -> dict[str, Tensor]:
+        """Return the leaves themselves, by name."""
+        trained, fixed = self.holder._parameters, self.holder._buffers
+        return {leaf: trained[key] if key in trained else fixed[key] for leaf, key in self.keys.items()}  # type: ignore[misc]
 
 
 def key(name: str) -> str:
@@ -48,6 +78,6 @@ def hold(model: nn.Module, weights: Weights, placements: list[Placement], learn:
     return leaves
 
 
-def tensors_of(placement: Placement, leaves: nn.Module) -> Tensors:
+def tensors_of(placement: Placement, leaves: Leaves) -> Tensors:
     """Return what reads the tensors of a placement from the module that holds them."""
     return Tensors(placement.method, leaves, {leaf: key(placement.name(leaf)) for leaf in placement.leaves})

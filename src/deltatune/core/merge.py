@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from deltatune.core.attach import Attachment
 from deltatune.core.delta import Placement, place
 from deltatune.core.fit import check_backbone, check_tensors
-from deltatune.core.leaves import key, tensors_of
+from deltatune.core.leaves import Leaves, Tensors, key, tensors_of
 from deltatune.core.method import OnLinear
-from deltatune.core.ports import Tensors
 from deltatune.core.report import TOLERANCE, Report, refuse
 from deltatune.core.site import Site
 from deltatune.core.stored import quantised, sharded, stored, values
@@ -74,11 +73,8 @@ def _merged(
     return {path: tensor for path, (tensor, _, _) in written.items()}, report
 
 
-def _holder(model: nn.Module, weights: Weights, placements: list[Placement]) -> nn.Module:
-    holder = nn.Module()
-    for name, tensor in completed(model, weights, placements).items():
-        holder.register_buffer(key(name), tensor)
-    return holder
+def _holder(model: nn.Module, weights: Weights, placements: list[Placement]) -> Leaves:
+    return Leaves({}, {key(name): tensor for name, tensor in completed(model, weights, placements).items()})
 
 
 @torch.no_grad()

@@ -12,40 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deltatune.core.method import Bag, Method, OnLinear
+from deltatune.core.method import OnLinear
 from deltatune.core.site import Part, Site
 from deltatune.core.stored import ORDINARY, values
-from deltatune.errors import DeltaTuneError
 
 if TYPE_CHECKING:
     from deltatune.core.calls import Ports
+    from deltatune.core.leaves import Tensors
 
 PORTS = "_deltatune_ports"
 Verb = Literal["pre", "post", "param", "heads", "around", "scope"]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class Tensors:
-    """A method's tensors at one site, read from the module that holds the delta's leaves at the time of use."""
-
-    def __init__(self, method: Method, holder: nn.Module, keys: dict[str, str]) -> None:
-        self.method, self.holder, self.keys = method, holder, keys
-        self.on_meta = any(t.is_meta for t in self.live().values())
-
-    def __call__(self, dtype: torch.dtype) -> Any:
-        """Return the leaves as attributes, cast once to the compute dtype; indices stay whole numbers."""
-        held = self.live().items()
-        if not self.on_meta and any(t.is_meta for _, t in held):
-            raise DeltaTuneError(
-                f"the leaves of {self.method} were taken to the meta device after they were attached, as offloading does; "
-                "offload the backbone first, then attach."
-            )
-        return self.method.unfold(Bag({leaf: t.to(dtype) if t.is_floating_point() else t for leaf, t in held}))
-
-    def live(self) -> dict[str, Tensor]:
-        """Return the leaves themselves, by name."""
-        trained, fixed = self.holder._parameters, self.holder._buffers
-        return {leaf: trained[key] if key in trained else fixed[key] for leaf, key in self.keys.items()}  # type: ignore[misc]
 
 
 def bias_of(module: nn.Module, part: Part | None) -> Tensor | None:

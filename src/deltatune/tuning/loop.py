@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from deltatune.core.attach import Attachment
+from deltatune.core.casts import Casts
 from deltatune.core.motion import advance, drawn, moving, penalty, rates
 from deltatune.errors import DeltaTuneError
 from deltatune.tuning.cache import Bound, Cache, Data, NoCache, frozen_cache
@@ -36,6 +37,7 @@ from deltatune.tuning.encode import Row, batches, collate, epoch_order, sizes_of
 from deltatune.tuning.loss import Loss, make_loss
 from deltatune.tuning.memory import Peak, in_use
 from deltatune.tuning.optim import learning_rate, make_optimizer
+from deltatune.tuning.precision import computes_in
 from deltatune.tuning.recipe import Recipe
 from deltatune.tuning.widths import EXACT, Widths
 
@@ -94,6 +96,7 @@ class Loop:
         self.loss: Loss = lambda batch: self.model(**batch).loss
         self.cache: Cache | NoCache = NoCache("runs that train together keep none")
         self.held: list[Tensor] = [*self.parameters, *moving(self.attachment)]
+        self.casts = Casts(self.attachment, computes_in(self.recipe.precision))
         self.widths = EXACT if self.recipe.precision == "fp32" else Widths.of(self.rows)
         self.optimizer = make_optimizer(self.recipe, self.parameters, rates(self.attachment))
         self.rate = learning_rate(self.recipe)
@@ -139,7 +142,7 @@ class Loop:
         started = time.perf_counter()
         batch = self.batch(rows)
         with self.drawn():
-            with self.cache.given(rows):
+            with self.cache.given(rows), self.casts.made():
                 loss = self.loss(batch)
             extra = penalty(self.attachment)
             self.accelerator.backward(loss if extra is None else loss + extra)

@@ -40,6 +40,11 @@ def load_for(name: str, precision: str) -> Backbone:
     return backbone
 
 
+def computes_in(precision: str) -> torch.dtype:
+    """Return the float type that a backbone held as `precision` says computes in."""
+    return getattr(torch, HELD[precision][0])
+
+
 def hold_in(model: nn.Module, precision: str) -> None:
     """Let a model that is loaded, or planned, compute as `precision` says; numbers in 8 bits are planned as bfloat16."""
     make_lean(model)
