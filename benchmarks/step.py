@@ -8,6 +8,9 @@ method whose delta begins in the first block can do with much less.
 `saved` is what autograd keeps for the backward pass, each storage counted once and parameters not counted. It depends on
 the code and the shapes alone, so it is the same on every machine.
 
+`deltatune` is a delta that was attached to the model as it is, for a loop of one's own; `tune` is the step of deltatune's own
+loop, which computes norms and loss in ways of its own too.
+
 Each method is told beside the same method elsewhere: LoRA, DoRA, (IA)^3, prefix and prompt tuning of peft; the adapters of
 Houlsby and of Pfeiffer and prefix tuning of the library `adapters`; biases and all parameters trained by a plain loop. All
 take turns in one process, but for `adapters`, which needs other versions: it is measured in `.venv-others`, where that is
@@ -30,11 +33,11 @@ from benchmarks.measure import ratios, show
 from benchmarks.plots import LIMIT, Bars, Plot
 from benchmarks.shape import LlamaShape
 from benchmarks.training import STEP, Contestant, limit
-from benchmarks.twins import PLAIN, deltas, peft_configs, with_delta, with_peft
+from benchmarks.twins import PLAIN, deltas, peft_configs, with_delta, with_peft, with_tune
 
 ROOT = Path(__file__).resolve().parents[1]
 OTHERS = ROOT / ".venv-others" / "bin" / "python"
-OURS, APART = "deltatune", "adapters"
+OURS, TUNE, APART = "deltatune", "tune", "adapters"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,11 @@ class Measured:
 def contestants(shape: Shape) -> dict[tuple[str, str], Contestant]:
     """Build every contestant of this process on its own copy of the model, by library and method."""
     ids = shape.ids(shape.rows, shape.tokens)
-    ours = {(OURS, name): with_delta(shape.model(), ids, delta) for name, delta in deltas(shape.width).items()}
+    ours = {
+        (who, name): build(shape.model(), ids, delta)
+        for who, build in ((OURS, with_delta), (TUNE, with_tune))
+        for name, delta in deltas(shape.width).items()
+    }
     peft = {("peft", name): with_peft(shape.model(), ids, config) for name, config in peft_configs().items()}
     plain = {("plain", name): build(shape, ids) for name, build in PLAIN.items()}
     return {("", LIMIT): limit(shape.model(), ids), **ours, **peft, **plain}
@@ -99,14 +106,16 @@ def rows_of_adapters(shape: Shape, python: Path) -> tuple[str | None, list[dict[
 
 
 def pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compare deltatune with every other way to do the same method."""
-    ours = {row["method"]: row for row in rows if row["library"] == OURS}
-    return [_pair(ours[row["method"]], row) for row in rows if row["library"] not in (OURS, "")]
+    """Compare both ways of deltatune with every other way to do the same method."""
+    ours = [row for row in rows if row["library"] in (OURS, TUNE)]
+    others = [row for row in rows if row["library"] not in (OURS, TUNE, "")]
+    return [_pair(own, other) for other in others for own in ours if own["method"] == other["method"]]
 
 
 def _pair(own: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     apart = other["library"] == APART
     return {
+        "library": own["library"],
         "method": own["method"],
         "over": other["library"],
         "ratio": _quotient(own["ratio"], other["ratio"]) if apart else _turn_by_turn(own, other),
@@ -127,7 +136,7 @@ def _quotient(above: dict[str, float], below: dict[str, float]) -> dict[str, flo
 def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows method by method, the limit first and deltatune before the others."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    return sorted(rows, key=lambda row: (methods.index(row["method"]), row["library"] != OURS))
+    return sorted(rows, key=lambda row: (methods.index(row["method"]), row["library"] not in (OURS, TUNE)))
 
 
 def measure(shape: Shape) -> Result:
@@ -154,7 +163,7 @@ def tables(result: Result) -> list[Table]:
     ]
     size = "{layers} layers, d={width}, ffn={ffn}, batch {rows} x {tokens}, {dtype}".format(**result["shape"])
     columns = ("", "trained", "step", "step / limit", "saved", "saved / limit", *(["peak"] if gpu else []))
-    versus = [(f"{r['method']} / {r['over']}", show(r["ratio"]), f"{r['saved_ratio']:.2f}") for r in result["pairs"]]
+    versus = [(f"{_label(r)} / {r['over']}", show(r["ratio"]), f"{r['saved_ratio']:.2f}") for r in result["pairs"]]
     return [
         Table(f"Training step of a Llama ({size})", columns, rows),
         Table("deltatune / the same method elsewhere", ("", "step", "saved"), versus),

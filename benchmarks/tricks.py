@@ -7,7 +7,8 @@ of each row are answers whose labels count, as in a task.
   has the short side of every product in front.
 - *One backward* sums the gradients of a layer's input in one place; it needs fused LoRA.
 - *Answers only* computes the last feed-forward layer, the head and the loss for the tokens whose labels count.
-- *bf16* holds the frozen weights in bfloat16 and attends by matrix products; leaves stay in fp32.
+- *Lean norms* computes a norm and its gradient in one function each, instead of operation by operation.
+- *bf16* holds the frozen weights in bfloat16 and attends by matrix products; leaves stay in fp32, and are cast together.
 
 A step is forward and backward pass, without an optimizer. What is kept of frozen blocks from epoch to epoch is told by `frozen`,
 batches by length and whole trainings by `end_to_end`.
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +32,15 @@ from benchmarks.shape import LlamaShape
 from benchmarks.training import STEP, Contestant
 from benchmarks.twins import LORA
 from deltatune.backbones.dense import attend_densely
+from deltatune.backbones.lean import make_lean
+from deltatune.core.casts import Casts
 from deltatune.core.ports import BaseView
 from deltatune.tuning.encode import IGNORED
 from deltatune.tuning.loss import OwnLoss, make_loss
 
-FUSED, BACKWARD, ANSWERS, BF16 = "fused LoRA", "one backward", "answers only", "bf16"
-TRICKS = (FUSED, BACKWARD, ANSWERS, BF16)
-ALONE = {FUSED: (FUSED,), BACKWARD: (FUSED, BACKWARD), ANSWERS: (ANSWERS,), BF16: (BF16,)}
+FUSED, BACKWARD, ANSWERS, LEAN, BF16 = "fused LoRA", "one backward", "answers only", "lean norms", "bf16"
+TRICKS = (FUSED, BACKWARD, ANSWERS, LEAN, BF16)
+ALONE = {name: (name,) for name in TRICKS} | {BACKWARD: (FUSED, BACKWARD)}
 TOGETHER = {name: TRICKS[: place + 1] for place, name in enumerate(TRICKS)}
 
 
@@ -62,7 +66,9 @@ def without_one_backward() -> Iterator[None]:
 
 def contestant(shape: Shape, tricks: tuple[str, ...]) -> Contestant:
     """Build LoRA on a model of its own, with some of the tricks."""
-    model = shape.model()
+    model: Any = shape.model()
+    if LEAN in tricks:
+        make_lean(model)
     attachment = dt.attach(model, LORA)
     if BF16 in tricks:
         model.to(torch.bfloat16)
@@ -74,12 +80,15 @@ def contestant(shape: Shape, tricks: tuple[str, ...]) -> Contestant:
     batch = {"input_ids": ids, "labels": labels}
     loss = make_loss(model, batch) if ANSWERS in tricks else OwnLoss(model)
 
+    casts = Casts(attachment, next(model.model.parameters()).dtype)
+
     def step() -> Tensor:
         with ExitStack() as scopes:
             if FUSED not in tricks:
                 scopes.enter_context(forward_ad.dual_level())
             if BACKWARD not in tricks:
                 scopes.enter_context(without_one_backward())
+            scopes.enter_context(casts.made())
             return loss(batch)
 
     return Contestant(step, list(attachment.parameters()), model, str(attachment.delta))

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 import deltatune as dt
 from benchmarks.shape import LlamaShape
 from benchmarks.training import Contestant, training
+from deltatune.backbones.lean import make_lean
+from deltatune.tuning.loss import make_loss
 
 EVERY_LINEAR = "{attn.{q,k,v,o},ffn.{gate,up,down}}"
 PEFT_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -70,6 +72,14 @@ def peft_configs() -> dict[str, Any]:
 def with_delta(model: nn.Module, ids: Tensor, delta: Any) -> Contestant:
     """Train a delta with deltatune."""
     return training(model, ids, dt.attach(model, delta).parameters(), str(delta))
+
+
+def with_tune(model: nn.Module, ids: Tensor, delta: Any) -> Contestant:
+    """Train a delta as the loop of `tune` does: on the lean backbone, with the loss of the labels that count."""
+    make_lean(model)
+    attachment, batch = dt.attach(model, delta), {"input_ids": ids, "labels": ids}
+    loss = make_loss(model, {name: given[:2] for name, given in batch.items()})
+    return Contestant(lambda: loss(batch), list(attachment.parameters()), model, str(delta))
 
 
 def with_peft(model: nn.Module, ids: Tensor, config: Any) -> Contestant:
