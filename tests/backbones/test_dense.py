@@ -24,8 +24,12 @@ def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("cached", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("rows", [1, 5])
-def test_it_is_attention_with_its_gradients(cached: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("times", [0, 4])
+def test_it_is_attention_with_its_gradients(
+    cached: int, rows: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dense, "CACHED", cached)
+    monkeypatch.setattr(dense, "KEPT", times)
     q, k, v, bias = tensors((5, 2, 4, 3), (5, 2, 6, 3), (5, 2, 6, 7), (rows, 2, 4, 6))
     shown = (torch.rand(5, 1, 4, 6, generator=torch.Generator().manual_seed(1)) < 0.7).index_fill(
         3, torch.tensor(0), True

@@ -140,9 +140,9 @@ def test_anything_else_is_no_amount_of_memory(text: str) -> None:
 
 
 def test_a_budget_changes_no_number_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deltatune.tuning import budget, forecast, tune
+    from deltatune.tuning import forecast, heap, tune
 
-    monkeypatch.setattr(budget, "give_back", lambda: False)  # it would stay so for the other tests
+    monkeypatch.setattr(heap, "give_back", lambda: False)  # it would stay so for the other tests
     monkeypatch.setattr(forecast, "resident", lambda device: HELD)
     run = Run("LoRA(rank=2)", "pebble", "topic", Recipe(steps=3, eval_every=3, dev_limit=8, test=False))
     plain = tune(run, tmp_path / "plain", memory_budget=0)

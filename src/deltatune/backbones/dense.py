@@ -2,9 +2,9 @@
 
     S = scale Q K^T + bias + mask    P = softmax(S)    O = P V
 
-It works on a few rows at a time, so that P stays in the cache. Where all of P fits there it is kept for the backward pass;
-where it does not it is computed again, as by that kernel. Everything else (other float types and devices, dropout) is left
-to transformers' function.
+It works on a few rows at a time, so that P stays in the cache. Of short rows P is kept for the backward pass; of longer ones,
+where it would be larger than all else that a block keeps, it is computed again, as by that kernel. Everything else (other
+float types and devices, dropout) is left to transformers' function.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 NAME = "dense"
 CACHED = 1 << 20  # numbers in P at a time: 2 MiB
+KEPT = 4  # P is kept while it is at most so many times as large as Q
 
 
 def attend_densely(model: Any) -> None:
@@ -69,22 +70,22 @@ class Dense(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
     ) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # once, where each product would do it
-        parts, ctx.scale = _parts(q, k), scale
-        o = q.new_empty(*q.shape[:-1], v.shape[-1])
-        for rows in parts:
+        o, kept, ctx.scale = q.new_empty(*q.shape[:-1], v.shape[-1]), [], scale
+        for rows in _parts(q, k):
             P = _weights(q, k, bias, mask, scale, rows)
             torch.matmul(P, v[rows], out=o[rows])
-        ctx.save_for_backward(q, k, v, bias, mask, P if len(parts) == 1 else None)
+            kept.append(P)
+        ctx.save_for_backward(q, k, v, bias, mask, *(kept if k.shape[-2] <= KEPT * q.shape[-1] else ()))
         return o
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (q, k, v, bias, mask, kept) = grads, ctx.saved_tensors
+        (g,), (q, k, v, bias, mask, *kept) = grads, ctx.saved_tensors
         g = g.contiguous()
         gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         gb = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
-        for rows in _parts(q, k):
-            P = _weights(q, k, bias, mask, ctx.scale, rows) if kept is None else kept
+        for number, rows in enumerate(_parts(q, k)):
+            P = kept[number] if kept else _weights(q, k, bias, mask, ctx.scale, rows)
             torch.matmul(P.mT, g[rows], out=gv[rows])
             gS = torch.ops.aten._softmax_backward_data(g[rows] @ v[rows].mT, P, -1, P.dtype)
             if gb is not None:

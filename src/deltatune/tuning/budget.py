@@ -1,16 +1,12 @@
-"""A memory budget: the fewest blocks recomputed that keep the planned peak under it, and a heap that gives back what is freed."""
+"""A memory budget: the fewest blocks recomputed that keep the planned peak under it."""
 
 from __future__ import annotations
 
-import ctypes
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from deltatune.errors import DeltaTuneError
 from deltatune.tuning.ledger import Ledger
-
-THRESHOLD = 1 << 17  # bytes: what glibc begins with, before freed tensors raise it
 
 
 def within(budget: int, planned: Callable[[Sequence[str]], Ledger]) -> Ledger:
@@ -42,21 +38,6 @@ def within(budget: int, planned: Callable[[Sequence[str]], Ledger]) -> Ledger:
         else:
             low = middle + 1
     return found
-
-
-def give_back() -> bool:
-    """Let the heap give every freed tensor back to the system at once; returns whether this heap can.
-
-    glibc keeps what it has freed, in pieces that often fit nothing, so a process grows to a multiple of what is in use.
-    A fixed threshold stops that for the rest of the process, at the price of new pages for each tensor.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    M_MMAP_THRESHOLD = -3
-    libc.mallopt(M_MMAP_THRESHOLD, THRESHOLD)
-    libc.malloc_trim(0)
-    return True
 
 
 def beside(ledger: Ledger, resident: int) -> Ledger:

@@ -17,6 +17,7 @@ from torch import nn
 from deltatune.backbones import Backbone, load
 from deltatune.backbones.dense import attend_densely
 from deltatune.backbones.lean import make_lean
+from deltatune.tuning import heap
 
 HELD: dict[str, tuple[str, str | None]] = {  # how `load` is asked for it: a float type, and a quantisation
     "fp32": ("float32", None),
@@ -33,9 +34,11 @@ def load_for(name: str, precision: str) -> Backbone:
     dtype, quantise = HELD[precision]
     backbone = load(name, dtype, quantise)
     backbone.model.to(device()).eval()
-    if dtype == "bfloat16" and device().type == "cpu":
-        for variable, value in KEPT.items():
-            os.environ.setdefault(variable, value)
+    if device().type == "cpu":
+        heap.keep()
+        if dtype == "bfloat16":
+            for variable, value in KEPT.items():
+                os.environ.setdefault(variable, value)
     hold_in(backbone.model, precision)
     return backbone
 

@@ -21,6 +21,7 @@ from deltatune.core.route import Pool
 from deltatune.errors import DeltaTuneError
 from deltatune.files import read_json, write_json, write_text
 from deltatune.tasks import Example, score, task
+from deltatune.tuning import heap
 from deltatune.tuning.answers import Questions, answer, majority, make_questions, make_rows
 from deltatune.tuning.cache import Bound
 from deltatune.tuning.checkpoint import remove_checkpoint
@@ -204,7 +205,7 @@ class Session:
 
     def plan(self, loop: Loop, budget: int) -> None:
         """Plan the run's memory and recompute blocks as its budget says; the result has `memory`, planned and found before."""
-        from deltatune.tuning.budget import beside, give_back, within
+        from deltatune.tuning.budget import beside, within
         from deltatune.tuning.forecast import longest, resident
         from deltatune.tuning.ledger import ledger
 
@@ -214,7 +215,7 @@ class Session:
             some = self.task.split("dev")[:1]
             score(self.task.metric, [example.target for example in some], some)
         if budget:
-            give_back()
+            heap.give_back()
         held = resident(self.device)
 
         def planned(paths: Sequence[str]) -> Ledger:
