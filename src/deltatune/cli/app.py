@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from deltatune.cli import study
+from deltatune.cli import study, theory
 from deltatune.cli.convert import convert
 from deltatune.cli.diff import diff
 from deltatune.cli.evaluate import evaluate
@@ -71,7 +71,12 @@ def _root(
         os.environ[DEBUG] = "1"
 
 
-LOOK, RUN, TURN, MAKE = "Look around", "One run, many runs", "Compare and change what was tuned", "Make a backbone"
+LOOK, RUN, TURN, MAKE = (
+    "Look around",
+    "One run, many runs",
+    "Measure, compare and change what was tuned",
+    "Make a backbone",
+)
 app.command("methods", rich_help_panel=LOOK)(methods)
 app.command("sites", rich_help_panel=LOOK)(sites)
 app.command("inspect", rich_help_panel=LOOK)(inspect)
@@ -81,6 +86,7 @@ app.command("tune", rich_help_panel=RUN)(tune)
 app.command("eval", rich_help_panel=RUN)(evaluate)
 app.command("predict", rich_help_panel=RUN)(predict)
 app.add_typer(study.app, name="study", rich_help_panel=RUN)
+app.add_typer(theory.app, name="theory", rich_help_panel=TURN)
 app.command("convert", rich_help_panel=TURN)(convert)
 app.command("merge", rich_help_panel=TURN)(merge)
 app.command("diff", rich_help_panel=TURN)(diff)

@@ -28,22 +28,15 @@ def place(
 
     Example: deltatune place pebble topic --budget 20000
     """
-    import random
-
     import deltatune as dt
     from deltatune.backbones import load
-    from deltatune.tasks import task as find_task
     from deltatune.theory.placement import place_by_control
-    from deltatune.tuning.answers import make_rows
-    from deltatune.tuning.encode import Codec, collate
+    from deltatune.theory.subject import Sample
     from deltatune.tuning.recipe import Recipe
 
-    delta, subject, loaded = dt.parse(candidates), find_task(task), load(backbone)
-    codec = Codec(loaded, Recipe.max_input, Recipe.max_target)
-    every = subject.split("train")
-    rows = make_rows(codec, subject, random.Random(seed).sample(every, min(examples, len(every))))
-    batches = (collate(rows[first : first + batch], codec.pad) for first in range(0, len(rows), batch))
-    found = place_by_control(loaded.model.eval(), delta, batches, budget, seed)
+    delta, loaded = dt.parse(candidates), load(backbone)
+    batches = Sample(examples, batch, seed).batches(loaded, task, Recipe())
+    found = place_by_control(loaded.model, delta, batches, budget, seed)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))
         return

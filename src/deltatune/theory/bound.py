@@ -95,11 +95,23 @@ def check_bound(
     F is the mean of the batches' losses. Holds the parameters that change three times, as float32; `tolerance` is the
     share of its change that a parameter may lose to that. Raises `DeltaTuneError` as `residuals` does.
     """
-    check_some(batches)
     exact = changes(model, tuned)
     near = nearest_change(model, family, once(model, exact), seed, evidence)
     ends = {name: near[first] for name, first in owners(model, exact).items()}, exact
     begin, end = (written(model, changed, [tuned], None, tolerance)[0] for changed in ends)
+    return bound_between(model, begin, end, batches, loss, points)
+
+
+def bound_between(
+    model: nn.Module,
+    begin: Weights,
+    end: Weights,
+    batches: Sequence[Batch],
+    loss: Loss = own_loss,
+    points: int = POINTS,
+) -> SegmentBound:
+    """Return the bound along the segment between two weights of one delta: values of parameters, where |eps| is to be in these."""
+    check_some(batches)
     between = line(model, begin, end)
     distance = hypot(*(float((b - a).double().norm()) for a, b in between.values()))
     with evaluating(model), attach(model, begin) as attached:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,10 +64,6 @@ class ControlReport(Finding):
             f"Pontryagin's condition is violated most at {furthest.name} ({furthest.violation:.3g} of {self.violation:.3g} in all), "
             f"and the controls move the state most at {strongest.name}."
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all numbers by name."""
-        return {"loss": self.loss, "violation": self.violation, "steps": [asdict(step) for step in self.steps]}
 
 
 def control_report(system: BackboneDynamics, radius: float = 0.1, ascents: int = 4) -> ControlReport:
@@ -139,7 +135,8 @@ def _check(step: Step, again: Tensor) -> None:
     if again.shape != step.y.shape or float((again - step.y.detach()).abs().max() / scale) > 1e-3:
         raise DeltaTuneError(
             f"the block {step.name!r} gives something else when it is run by itself, so its Hamiltonian cannot be looked at beside "
-            "the present controls; switch dropout off (model.eval()), and attach no soft prompt, for which `Sweep.slope` still holds."
+            "the present controls; switch dropout off (model.eval()), and attach no soft prompt: take LoRA, prefixes or adapters, or "
+            "ask of a prompt the gap or the landscape, which run the model as a whole."
         )
 
 

@@ -11,8 +11,7 @@ Ding et al., 2022, section 4.2.)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,12 +48,10 @@ class Controllability(Finding):
     def finding(self) -> str:
         """One sentence: which step's controls reach the last state most, in all and for each parameter."""
         acting = [step for step in self.steps if step.parameters]
+        if not acting:
+            return "No step has controls of its own: they act behind the last state."
         most, dearest = max(acting, key=lambda s: s.trace), max(acting, key=lambda s: s.per_parameter)
         return f"The last state is moved most by the controls of {most.name}, and most for each parameter by those of {dearest.name}."
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all numbers by name."""
-        return {"steps": [{**asdict(step), "effective_rank": step.effective_rank} for step in self.steps]}
 
 
 def controllability(

@@ -21,16 +21,17 @@ class Finding:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields, the instrument's name and the sentence; what is infinite or not a number becomes None."""
-        return {"instrument": type(self).__name__, **_plain(self), "finding": self.finding}
+        return {"instrument": type(self).__name__, **plain(self), "finding": self.finding}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value as JSON can hold it: dataclasses and tensors by their contents, None for what is no finite number."""
     if is_dataclass(value):
-        return _plain(vars(value))
+        return plain(vars(value))
     if isinstance(value, Tensor):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

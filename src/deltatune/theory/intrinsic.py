@@ -27,6 +27,7 @@ from deltatune.tuning import Recipe, Run
 
 SHARE, LEVEL = 0.9, 0.95
 Train = Callable[[int, int], float]
+OnRun = Callable[[Run, float], None]
 
 
 @dataclass(frozen=True)
@@ -131,12 +132,13 @@ def sweep_runs(
     family: Callable[[int], Delta | Method] = SAID,
     recipes: Mapping[int, Recipe] | None = None,
     share: float = SHARE,
+    on_run: OnRun | None = None,
 ) -> IntrinsicDimension:
     """Return the intrinsic dimension of a backbone and a task by ordinary runs, judged by their dev score in percent.
 
     `run` is full fine-tuning (its delta, usually Full()), and `family(d)` the delta of d dimensions: SAID, DID, or
     `Reparam(PromptTuning(), through=Subspace(dim=d))`. `recipes` has that of a dimension where it is not the run's. Runs
-    lie in `folder`, and finished ones are not done again.
+    lie in `folder`, and finished ones are not done again; `on_run` gets each with its score.
     """
     if not run.recipe.eval_every:
         raise DeltaTuneError(
@@ -145,7 +147,10 @@ def sweep_runs(
     root = Path(folder)
 
     def score(other: Run) -> float:
-        return float(tuning.tune(other, root / other.id)["dev"])
+        dev = float(tuning.tune(other, root / other.id)["dev"])
+        if on_run:
+            on_run(other, dev)
+        return dev
 
     def train(d: int, seed: int) -> float:
         recipe = (recipes or {}).get(d, run.recipe)

@@ -17,11 +17,13 @@ import torch
 from torch import Generator, Tensor, nn
 
 from deltatune.core.attach import Attachment, attach
+from deltatune.core.convert import changes, written
 from deltatune.core.delta import place
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
 from deltatune.theory.finding import Finding
 from deltatune.theory.sides import Batch, Loss, check_some, evaluating, mean_loss, own_loss
+from deltatune.theory.spectrum import check_mergeable
 
 Line = Mapping[str, tuple[Tensor, Tensor]]  # a trained leaf's name -> its value at both ends
 Direction = Mapping[str, Tensor]
@@ -80,6 +82,20 @@ def line(model: nn.Module, a: Weights, b: Weights) -> Line:
             "trained ones means nothing; train both from one seed, or write both as values: to_full(model, weights)."
         )
     return {name: (tensor, b.tensors[name]) for name, tensor in a.tensors.items()}
+
+
+def as_values(model: nn.Module, a: Weights | None, b: Weights, tolerance: float = 0.05) -> tuple[Weights, Weights]:
+    """Return two unlike weights, or the backbone as it is (None) and one, as values of the parameters that either changes.
+
+    `tolerance` is the share of its change that a parameter may lose to float32. Raises `DeltaTuneError` for a delta that
+    is no change of weights.
+    """
+    for weights in filter(None, (a, b)):
+        check_mergeable(weights)
+    found = [changes(model, weights) if weights else {} for weights in (a, b)]
+    zero = {name: torch.zeros_like(change) for each in found for name, change in each.items()}
+    first, second = (written(model, {**zero, **each}, [b], None, tolerance)[0] for each in found)
+    return first, second
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ def spectra(model: nn.Module, weights: Weights, check: bool = True) -> Spectra:
 
     Raises `DeltaTuneError` for a delta that is no change of weights: `theory.function_gap` compares its outputs instead.
     """
-    _check_mergeable(weights)
+    check_mergeable(weights)
     return spectra_of(model, changes(model, weights, check))
 
 
@@ -146,11 +146,12 @@ def gradient_spectra(model: nn.Module, where: str, batches: Iterable[Batch], los
     return spectra_of(model, {n: g for n, g in found.items() if g is not None}, f"the gradient of {count} batches")
 
 
-def _check_mergeable(weights: Weights) -> None:
+def check_mergeable(weights: Weights) -> None:
+    """Raise `DeltaTuneError`, with what to ask instead, for a delta that is no change of weights."""
     for term in weights.delta.terms:
         if "merge" in term.method.breaks:
             raise DeltaTuneError(
-                f"{term.method} has no change of a weight to look at: {term.method.breaks['merge']}. Ask "
-                "`theory.function_gap.compare_answers` or `theory.similarity.compare_states`, which look at outputs and hidden "
-                "states, or take a delta such as LoRA or Full."
+                f"{term.method} has no change of a weight to look at: {term.method.breaks['merge']}. Ask for the gap "
+                "(`deltatune theory gap`, `theory.function_gap.compare_answers`), which looks at outputs, or take a delta such as "
+                "LoRA or Full."
             )
