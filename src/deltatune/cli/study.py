@@ -10,7 +10,8 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from deltatune.study import Status
+    from deltatune.study import Plan, Status
+    from deltatune.study.worker import Measure
 
 app = typer.Typer(no_args_is_help=True, help="Compare methods: many runs from one plan, then a report.")
 
@@ -47,7 +48,7 @@ def run(
     read = Plan.read(plan)
     folder = out or Path("studies/out") / read.name
     try:
-        status = run_study(read, folder, workers=workers, retry_failed=retry_failed, together=together)
+        status = run_study(read, folder, workers, retry_failed, together=together, measure=_measure(read))
     except KeyboardInterrupt:
         typer.secho(
             f"Stopped; nothing is lost. To continue: {_command(plan, out, workers, together)}", fg="yellow", err=True
@@ -87,6 +88,15 @@ def report(
     place = out or (folder if folder.is_dir() else folder.parent) / "report"
     report(folder, place)
     typer.echo(f"Wrote {place / 'report.html'} (and report.md, results.csv, results.json, figures/).")
+
+
+def _measure(plan: Plan) -> Measure | None:
+    """Return the instruments, where a plan asks for some."""
+    if not plan.theory:
+        return None
+    from deltatune.theory.instruments import MEASURE
+
+    return MEASURE
 
 
 def _command(plan: Path, out: Path | None, workers: int | None, together: int) -> str:

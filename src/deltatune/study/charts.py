@@ -46,13 +46,14 @@ def _lines(chart: Mapping[str, Any], legend: bool, axes: Axes, look: Palette) ->
         axes.axhline(chart["level"], color=look.theme.ink, linewidth=1.2, linestyle="--")
     axes.set_xscale("log" if "x" in chart["log"] else "linear")
     axes.set_yscale("log" if "y" in chart["log"] else "linear")
-    _ticks(axes, chart["ticks"])
+    name_ticks(axes, chart["ticks"])
     _words(axes, chart)
     if legend and len(chart["series"]) > 1:
         axes.legend(frameon=False, fontsize=8, ncols=1 + (len(chart["series"]) > 6))
 
 
-def _ticks(axes: Axes, names: Sequence[str]) -> None:
+def name_ticks(axes: Axes, names: Sequence[str]) -> None:
+    """Write names at 0, 1, ... of the horizontal axis, if there are any."""
     if names:
         upright = len(names) > MANY_TICKS or sum(map(len, names)) > LONG_TICKS
         axes.set_xticks(range(len(names)), names, rotation=90 if upright else 0, fontsize=8)

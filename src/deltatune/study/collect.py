@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltatune.files import read_json
 from deltatune.study.items import item_scores
 from deltatune.study.plan import Cell, Entry, Plan
-from deltatune.study.results import Choice, Gap, Record, Results, from_json
+from deltatune.study.results import Choice, Gap, Measured, Record, Results, from_json
 from deltatune.study.status import Line, Status, status
 from deltatune.study.store import Found, Store
 
@@ -48,7 +49,18 @@ def collect(folder: Path) -> Results:
         gaps=_gaps(now),
         choices=_choices(plan, found),
         unplanned=sum(1 for each in found.values() if each.id not in used),
+        theory=_measured(store, [id for entry, id, _ in done if entry.part == "final"], plan.theory),
     )
+
+
+def _measured(store: Store, ids: Sequence[str], names: Sequence[str]) -> list[Measured]:
+    """What the instruments found in the runs, without the tables and plots that stand in their own files."""
+    paths = [(id, name, store.measurement(id, name)) for name in names for id in ids]
+    rows = [(id, name, read_json(path)) for id, name, path in paths if path.exists()]
+    return [
+        Measured(id, name, row.get("finding", ""), row.get("profiles", {}), row.get("refused", ""))
+        for id, name, row in rows
+    ]
 
 
 def _record(folder: Path, entry: Entry, id: str, result: Mapping[str, Any]) -> Record:

@@ -17,7 +17,7 @@ from typing import Any
 
 from deltatune.study.plan import Entry
 from deltatune.study.store import Store
-from deltatune.study.worker import Execute, serve
+from deltatune.study.worker import Execute, Measure, serve
 
 POLL = 0.5
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -45,6 +45,7 @@ class Crew:
     size: int
     threads: int
     execute: Execute | None
+    measure: Measure | None
     workers: list[Worker] = field(default_factory=list)
 
     def idle(self) -> Worker | None:
@@ -60,7 +61,7 @@ class Crew:
     def _start(self) -> Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        arguments = (theirs, str(self.store.folder), self.threads, self.execute)
+        arguments = (theirs, self.store, self.threads, self.execute, self.measure)
         process = context.Process(target=serve, args=arguments, daemon=True)
         with _environment(self.threads):
             process.start()

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from deltatune.study.crew import Crew, Worker, cores
 from deltatune.study.display import Display
 from deltatune.study.groups import run_groups
-from deltatune.study.inputs import check_places, inspect
+from deltatune.study.inputs import check_instruments, check_places, inspect
 from deltatune.study.plan import Entry, Plan
 from deltatune.study.status import Status, status_of
 from deltatune.study.store import Store
-from deltatune.study.worker import Execute
+from deltatune.study.worker import Execute, Measure
 
 if TYPE_CHECKING:
     from deltatune.tuning import Run
@@ -31,16 +31,19 @@ def run_study(
     retry_failed: bool = False,
     execute: Execute | None = None,
     together: int = 1,
+    measure: Measure | None = None,
 ) -> Status:
     """Do the runs of a plan that are not done yet, in `workers` processes (default: one a core), and return the state.
 
     Idempotent: issued again it continues, with a longer plan it adds runs, issued twice at a time the commands share
     the work. A run that fails is recorded and the others go on; a run whose process died is tried once more. With
-    `together` above 1, that many runs train in one pass over a backbone first, in this process. Raises
-    `DeltaTuneError` before anything runs when a task or backbone is unknown or a delta has no place in a backbone.
+    `together` above 1, that many runs train in one pass over a backbone first, in this process. Each final run is then
+    measured by the instruments of the plan's `theory`, which `measure` has. Raises `DeltaTuneError` before anything runs
+    when a task, backbone or instrument is unknown or a delta has no place in a backbone.
     """
     plan = plan if isinstance(plan, Plan) else Plan.read(plan)
-    store = Store(folder)
+    store = Store(folder, plan.theory)
+    check_instruments(plan, measure.names if measure else ())
     inputs = inspect(plan)
     if not store.holds(plan):
         check_places(plan)
@@ -54,7 +57,7 @@ def run_study(
         run_groups(plan, store, together, Console(highlight=False, markup=False).print)
     size = workers or cores()
     threads = int(os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // size))).split(",")[0])
-    crew = Crew(store, size, threads, execute)
+    crew = Crew(store, size, threads, execute, measure)
     with Display(plan) as display, crew.at_work():
         Dispatch(plan, store, crew, display).all()
     return status_of(store, plan)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from deltatune.errors import DeltaTuneError
+from deltatune.errors import DeltaTuneError, nearest
 from deltatune.study.plan import Plan
 
 
@@ -20,6 +21,13 @@ def inspect(plan: Plan) -> dict[str, dict[str, dict[str, Any]]]:
                 problems.append(f"{kind}: {error}")
     _refuse(plan, problems)
     return found
+
+
+def check_instruments(plan: Plan, known: Sequence[str]) -> None:
+    """Raise `DeltaTuneError` for instruments that the plan asks for and that there are not."""
+    offers = f" Known: {', '.join(known)}." if known else " None was given: run_study(..., measure=...) takes them."
+    unknown = [name for name in plan.theory if name not in known]
+    _refuse(plan, [f"theory: there is no instrument {name!r}.{nearest(name, known)}{offers}" for name in unknown])
 
 
 def check_places(plan: Plan) -> None:

@@ -15,16 +15,18 @@ from deltatune.study.analyses import BackboneTables, Comparison
 from deltatune.study.figures import Panel, svg
 from deltatune.study.palette import DARK, LIGHT, SCREEN, Palette
 from deltatune.study.results import Choice, Record, Results
+from deltatune.study.theory import Instrument
 
 COLUMNS_LEFT_OUT = ("recipe", "curve", "loss", "items", "item_ids")
 
 
 @dataclass(frozen=True)
 class Section:
-    """One backbone of the report: its tables and the panels of its figures."""
+    """One backbone of the report: its tables, the panels of its figures, and what instruments found in its runs."""
 
     tables: BackboneTables
     panels: Mapping[str, Sequence[Panel]]
+    theory: Sequence[Instrument] = ()
 
     @property
     def slug(self) -> str:
@@ -165,7 +167,7 @@ def environment(escape: bool, *folders: Path) -> Any:
     made = jinja2.Environment(
         loader=loader, autoescape=escape, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    names = ("score", "signed", "count", "size", "percent", "seconds", "p_value", "number")
+    names = ("score", "signed", "count", "size", "percent", "seconds", "p_value", "number", "short")
     made.globals["colors"] = list(zip(LIGHT, DARK, strict=True))
     made.filters.update({name: vars(words)[name] for name in names}, slug=slug, breakable=_breakable)
     return made

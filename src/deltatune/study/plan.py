@@ -63,7 +63,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a study does; equal plans give equal runs, whatever the order of keys in the file."""
+    """Everything that a study does; equal plans give equal runs, whatever the order of keys in the file.
+
+    `theory` names the instruments that measure each final run when it is done; it is no part of a run.
+    """
 
     name: str
     methods: Mapping[str, MethodPlan]
@@ -73,6 +76,7 @@ class Plan:
     search: Search | None = None
     baseline: str | None = None
     text: str = ""
+    theory: tuple[str, ...] = ()
 
     @staticmethod
     def read(path: Path | str) -> Plan:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from deltatune.files import write_bytes, write_text
-from deltatune.study.analyses import tables
+from deltatune.study.analyses import BackboneTables, tables
 from deltatune.study.collect import read
 from deltatune.study.figures import panels, png
 from deltatune.study.page import Section, html, markdown, table
 from deltatune.study.palette import PRINT, Palette
-from deltatune.study.results import to_json
+from deltatune.study.results import Results, to_json
+from deltatune.study.theory import instruments, theory_panels
 
 
 def report(source: Path | str, out: Path | str) -> Path:
@@ -20,7 +21,7 @@ def report(source: Path | str, out: Path | str) -> Path:
     """
     results, out = read(source), Path(out)
     found = [tables(results, backbone) for backbone in results.backbones]
-    sections = [Section(each, panels(results, each)) for each in found]
+    sections = [_section(results, each) for each in found]
     look = Palette(tuple(results.methods), results.baseline, PRINT)
     write_text(out / "results.json", to_json(results))
     write_text(out / "results.csv", table(results))
@@ -30,3 +31,8 @@ def report(source: Path | str, out: Path | str) -> Path:
     write_text(out / "report.md", markdown(results, sections))
     write_text(out / "report.html", html(results, sections))
     return out / "report.html"
+
+
+def _section(results: Results, tables: BackboneTables) -> Section:
+    measured = instruments(results, tables)
+    return Section(tables, {**panels(results, tables), **theory_panels(measured)}, measured)

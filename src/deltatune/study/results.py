@@ -86,8 +86,22 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What an instrument of `deltatune.theory` found in the run `id`, or why it `refused`.
+
+    `profiles` has numbers by quantity and then by place, a layer for example.
+    """
+
+    id: str
+    instrument: str
+    finding: str
+    profiles: Mapping[str, Mapping[str, float | None]]
+    refused: str = ""
+
+
+@dataclass(frozen=True)
 class Results:
-    """A study's results: its plan, the facts about its inputs, its finished runs, and what is missing."""
+    """A study's results: its plan, the facts about its inputs, its finished runs, what is missing, and what was measured."""
 
     name: str
     plan: str
@@ -100,6 +114,7 @@ class Results:
     gaps: Sequence[Gap]
     choices: Sequence[Choice]
     unplanned: int
+    theory: Sequence[Measured] = ()
 
     def category(self, task: str) -> str:
         """The category of a task; "other" where it has none."""
@@ -119,7 +134,9 @@ class Results:
 def to_json(results: Results) -> str:
     """The results as JSON, one run a line, so that a changed run is one changed line in git."""
     data = {"format": FORMAT, **_plain(results)}
-    rows = {name: data.pop(name) for name in ("choices", "records", "gaps")}
+    rows = {name: data.pop(name) for name in ("choices", "records", "gaps", "theory")}
+    if not rows["theory"]:
+        del rows["theory"]
     head = json.dumps(data, indent=1, ensure_ascii=False)[:-2]
     lists = (f' "{name}": [\n' + ",\n".join(map(_compact, items)) + "\n ]" for name, items in rows.items())
     return head + ",\n" + ",\n".join(lists) + "\n}\n"
@@ -142,4 +159,5 @@ def from_json(path: Path) -> Results:
         raise DeltaTuneError(f"{path} has another format than this version reads ({FORMAT}).")
     choices = [Choice(**choice) for choice in data.pop("choices")]
     rows = {"records": [Record(**row) for row in data.pop("records")], "gaps": [Gap(**row) for row in data.pop("gaps")]}
-    return Results(**data, choices=choices, **rows)
+    measured = [Measured(**row) for row in data.pop("theory", [])]
+    return Results(**data, choices=choices, theory=measured, **rows)

@@ -25,9 +25,10 @@ class Line:
 
     @property
     def reason(self) -> str:
-        """Why the run failed, in one line; empty when it did not."""
-        failure = self.found.failure if self.found else None
-        return f"{failure['error']}: {failure['message']}" if failure else ""
+        """Why the run failed, or is not done though it is trained, in one line; else empty."""
+        if self.found and self.found.failure:
+            return f"{self.found.failure['error']}: {self.found.failure['message']}"
+        return "trained, but not measured yet" if self.found and not self.found.measured else ""
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Status:
 
 def status(folder: Path | str) -> Status:
     """The state of the study in a directory, whether or not a command works on it; needs neither data nor models."""
-    store = Store(folder)
-    return status_of(store, store.plan())
+    plan = Store(folder).plan()
+    return status_of(Store(folder, plan.theory), plan)
 
 
 def status_of(store: Store, plan: Plan) -> Status:

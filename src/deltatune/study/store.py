@@ -3,6 +3,7 @@
     <study>/plan.toml          the plan as last issued
     <study>/study.json         name, and the facts and digests of the tasks and backbones that the results belong to
     <study>/runs/<id>/         one run, written by `deltatune.tuning.tune`; `lock` is held while a process works on it
+    <study>/runs/<id>/theory/  what the instruments found that the plan asks for, one JSON file each
 
 A lock is an operating system's lock on an open file, so it ends with its process, however that ends.
 """
@@ -10,7 +11,8 @@ A lock is an operating system's lock on an open file, so it ends with its proces
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +25,19 @@ from deltatune.study.plan import Plan
 if TYPE_CHECKING:
     from deltatune.tuning import Run
 
+THEORY = "theory"
 State = Literal["pending", "running", "done", "failed"]
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a directory holds about a run: its result, or why it failed (`error` and `message`), or neither yet."""
+    """What a directory holds about a run: its result, why it failed (`error` and `message`), and if it is `measured`."""
 
     id: str
     result: Mapping[str, Any] | None
     failure: Mapping[str, Any] | None
+    measured: bool = True
 
     @property
     def dev(self) -> float | None:
@@ -43,14 +47,14 @@ class Found:
     @property
     def settled(self) -> bool:
         """True when there is nothing left to do: done or failed."""
-        return self.result is not None or self.failure is not None
+        return (self.result is not None and self.measured) or self.failure is not None
 
 
 class Store:
-    """The directory of a study."""
+    """The directory of a study, in which a final run is done when the instruments that are `asked` have measured it."""
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str, asked: Sequence[str] = ()) -> None:
+        self.folder, self.asked = Path(folder), tuple(asked)
 
     def open(self, plan: Plan, inputs: Mapping[str, Mapping[str, Any]]) -> None:
         """Make the directory or take up the one that is there; raises when it belongs to another study or other inputs."""
@@ -108,9 +112,27 @@ class Store:
         """What there is about the run with this id."""
         folder = self.run_folder(id)
         result, failure = folder / "result.json", folder / "failure.json"
-        if result.exists():
+        measured = not self.unmeasured(id)
+        if result.exists() and measured:
             return Found(id, read_json(result), None)
-        return Found(id, None, read_json(failure) if failure.exists() else None)
+        failed = read_json(failure) if failure.exists() else None
+        return Found(id, read_json(result) if result.exists() else None, failed, measured)
+
+    def unmeasured(self, id: str) -> list[str]:
+        """The instruments that have still to measure a trained run; a run that is not tested, as in a search, is not measured."""
+        folder = self.run_folder(id)
+        if not self.asked or not (folder / "result.json").exists():
+            return []
+        tested = read_json(folder / "result.json")["run"]["recipe"]["test"]
+        return [name for name in self.asked if tested and not self.measurement(id, name).exists()]
+
+    def measurement(self, id: str, name: str) -> Path:
+        """Where stands what an instrument found in a run."""
+        return self.run_folder(id) / THEORY / f"{name}.json"
+
+    def keep(self, id: str, name: str, found: Mapping[str, Any]) -> None:
+        """Record what an instrument found in a run."""
+        write_text(self.measurement(id, name), json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n")
 
     def found(self) -> dict[Run, Found]:
         """Every run that was begun in the directory, those of earlier plans included.
@@ -148,7 +170,7 @@ class Store:
     def state(self, id: str) -> State:
         """The state of a run; a run whose process died is pending."""
         folder = self.run_folder(id)
-        if (folder / "result.json").exists():
+        if (folder / "result.json").exists() and not self.unmeasured(id):
             return "done"
         if (folder / "failure.json").exists():
             return "failed"

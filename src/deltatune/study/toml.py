@@ -135,7 +135,7 @@ def _quote(text: str, message: str) -> str:
 
 
 def _plan(top: Table, text: str) -> Plan:
-    top.only(["name", "backbones", "tasks", "seeds", "methods", "recipe", "search", "extra", "baseline"])
+    top.only(["name", "backbones", "tasks", "seeds", "methods", "recipe", "search", "extra", "baseline", "theory"])
     methods = _methods(top)
     tasks = top.several("tasks", str, required=True)
     blocks = [Block(top.several("backbones", str, required=True), tasks)]
@@ -150,6 +150,7 @@ def _plan(top: Table, text: str) -> Plan:
         search=_search(top, methods, recipe),
         baseline=_baseline(top, methods),
         text=text,
+        theory=top.several("theory", str),
     )
 
 

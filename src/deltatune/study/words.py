@@ -62,6 +62,11 @@ def p_value(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
+def short(value: float | None) -> str:
+    """A number with three significant digits."""
+    return NOTHING if value is None else f"{value:.3g}"
+
+
 def number(n: int, word: str) -> str:
     """A count with its noun: 1 task, 2 tasks."""
     return f"{n} {word}{'' if n == 1 else 's'}"

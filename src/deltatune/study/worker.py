@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,20 +28,28 @@ class Execute(Protocol):
     def __call__(self, run: Run, folder: Path, on_step: Callable[[dict], None] | None = None) -> dict: ...
 
 
-def serve(pipe: Connection, folder: str, threads: int, execute: Execute | None) -> None:
+class Measure(Protocol):
+    """What measures a finished run by the instruments of these `names`: `deltatune.theory.instruments.MEASURE`, or a stand-in."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    def __call__(self, folder: Path, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]: ...
+
+
+def serve(pipe: Connection, store: Store, threads: int, execute: Execute | None, measure: Measure | None) -> None:
     """Do the runs that arrive on the pipe until None arrives; answer each with ("done" | "failed" | "busy", None)."""
     # Ctrl-C reaches the whole process group; only the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     quiet()
-    store = Store(folder)
     try:
         while (run := pipe.recv()) is not None:
-            pipe.send((_do(store, run, threads, execute, pipe), None))
+            pipe.send((_do(store, run, execute or _tune(threads), measure, pipe), None))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(1)
 
 
-def _do(store: Store, run: Run, threads: int, execute: Execute | None, pipe: Connection) -> str:
+def _do(store: Store, run: Run, execute: Execute, measure: Measure | None, pipe: Connection) -> str:
     with store.claim(run.id) as mine:
         if not mine:
             return "busy"
@@ -50,7 +58,10 @@ def _do(store: Store, run: Run, threads: int, execute: Execute | None, pipe: Con
             return state
         store.begin(run)
         try:
-            (execute or _tune(threads))(run, store.run_folder(run.id), on_step=_reporter(pipe))
+            execute(run, store.run_folder(run.id), on_step=_reporter(pipe))
+            if measure and (names := store.unmeasured(run.id)):
+                for name, found in measure(store.run_folder(run.id), names):
+                    store.keep(run.id, name, found)
         except Exception as error:
             if store.state(run.id) != "failed":
                 store.fail(run.id, type(error).__name__, str(error))

@@ -19,12 +19,12 @@ def landscape(
     on: On = None,
     task: Task = None,
     radius: Annotated[float, typer.Option(help="How far to go, in norms of the leaves' rows.")] = 1.0,
-    points: Annotated[int, typer.Option(min=2, help="Points along each of the two directions.")] = 11,
+    points: Annotated[int, typer.Option(min=2, help="Points along each of the two directions.")] = 9,
     eigenvalues: Annotated[int, typer.Option(min=1, help="How many of the Hessian's largest eigenvalues.")] = 5,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Lanczos steps; by default 20 more than eigenvalues.", show_default=False)
     ] = None,
-    examples: Examples = 64,
+    examples: Examples = 32,
     batch: Batch = 16,
     seed: Seed = 0,
     split: Split = "train",

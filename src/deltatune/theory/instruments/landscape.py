@@ -10,7 +10,7 @@ from deltatune.theory.subject import Subject
 
 
 def landscape(
-    subject: Subject, radius: float = 1.0, points: int = 11, eigenvalues: int = 5, steps: int | None = None
+    subject: Subject, radius: float = 1.0, points: int = 9, eigenvalues: int = 5, steps: int | None = None
 ) -> Exhibit:
     """Measure the loss on a random plane through the first delta's leaves and its Hessian's largest eigenvalues there."""
     model, batches, first = subject.model, subject.batches, subject.first
