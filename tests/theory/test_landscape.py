@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 
 import deltatune as dt
-from deltatune.theory.landscape import filter_normalised, interpolate, plane
+from deltatune.theory.landscape import as_values, filter_normalised, interpolate, plane
 from deltatune.theory.overlap import gradient_overlap, principal_angles, subspace_overlap
 from deltatune.theory.path import trajectory
 from tests import tiny
@@ -47,6 +47,19 @@ def test_weights_without_a_line_between_them_are_refused():
         interpolate(model, *(dt.init(dt.VeRA(rank=4), model, seed=s) for s in (0, 1)), batches(model))
     with pytest.raises(dt.DeltaTuneError, match="at least 2"):
         interpolate(model, a, a, batches(model), points=1)
+
+
+def test_unlike_deltas_have_a_line_between_what_they_make_of_the_weights():
+    model = tiny.llama()
+    data, a, b = batches(model), busy(dt.LoRA(rank=2).at("attn.q"), model), busy(dt.BitFit().at("norm"), model)
+    for first, second in ((a, b), (None, b)):
+        ends = as_values(model, first, second)
+        assert ends[0].delta == ends[1].delta
+        found = interpolate(model, *ends, data, points=2).losses
+        bare = sum(float(model(**batch).loss.detach()) for batch in data) / len(data)
+        assert found == pytest.approx([loss_of(model, a, data) if first else bare, loss_of(model, b, data)], rel=1e-5)
+    with pytest.raises(dt.DeltaTuneError, match="deltatune theory gap"):
+        as_values(model, a, busy(dt.PromptTuning(length=2), model))
 
 
 def test_rows_of_a_direction_get_the_norms_of_the_leafs():

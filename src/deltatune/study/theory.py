@@ -18,7 +18,7 @@ from deltatune.study.results import Measured, Record, Results
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDE = 100.0  # a quantity whose largest value is so many times its least is drawn on a logarithmic axis
+WIDE = 30.0  # a quantity whose largest value is so many times its least is drawn on a logarithmic axis
 SIZE = (5.0, 3.7)
 
 

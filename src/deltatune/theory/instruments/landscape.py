@@ -14,10 +14,10 @@ def landscape(
 ) -> Exhibit:
     """Measure the loss on a random plane through the first delta's leaves and its Hessian's largest eigenvalues there."""
     model, batches, first = subject.model, subject.batches, subject.first
+    between = _between(subject)
     with attach(model, first) as attached:
         curved = sharpness(attached, batches, eigenvalues, steps, seed=subject.sample.seed)
         around = plane(attached, batches, radius, points, seed=subject.sample.seed)
-    between = _between(subject)
     unit = "row norms"
     charts = [
         Surface("The loss around the weights", f"direction 1, {unit}", f"direction 2, {unit}", around.at, around.losses)
