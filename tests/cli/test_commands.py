@@ -18,6 +18,7 @@ SETTINGS = {"COLUMNS": "250", "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "HF_HUB_O
 HELPS = [
     (), ("tune",), ("eval",), ("predict",), ("pretrain",), ("methods",), ("sites",),
     ("inspect",), ("convert",), ("merge",), ("diff",), ("place",),
+    ("theory",), ("theory", "gap"), ("theory", "intrinsic"),
     ("study",), ("study", "run"), ("study", "status"), ("study", "report"),
 ]  # fmt: skip
 WITH_EXAMPLE = [("sites",), ("place",), ("inspect",), ("tune",), ("convert",), ("merge",), ("diff",)]

@@ -69,7 +69,7 @@ ASKED = [
     (("size", "full", *FEW), {"size", "% kept"}),
 ]  # fmt: skip
 
-ALONE = ("spectrum", "control")  # in a process of their own; a sweep is too
+ALONE = ("control",)  # in a process of their own; a sweep is too
 
 
 @pytest.mark.parametrize(("words", "columns"), ASKED, ids=[words[0] for words, _ in ASKED])

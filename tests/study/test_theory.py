@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -16,8 +17,11 @@ import pytest
 from deltatune.errors import DeltaTuneError
 from deltatune.study import Plan, Status, report, run_study, status
 from deltatune.study.collect import collect
-from deltatune.study.worker import Measure
+from deltatune.study.inputs import inspect
+from deltatune.study.store import Store
+from deltatune.study.worker import Measure, serve
 from deltatune.theory.instruments import MEASURE
+from deltatune.tuning import Run
 from tests.study.conftest import write_plan
 from tests.study.fake import fake_tune
 
@@ -67,13 +71,26 @@ def do(plan: Path, folder: Path, measure: Measure | None = None, execute: Any = 
 
 @pytest.fixture(scope="module")
 def original(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study that is measured, one of whose instruments was killed once."""
+    """A study whose first runs are of a plan without instruments, and one of whose instruments was killed once."""
     folder = tmp_path_factory.mktemp("original")
+    plan, store = folder / "plan.toml", Store(folder / "study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DELTATUNE_MODELS", str(models))
         patch.setenv("KILL_MEASURE", "sentiment")
-        assert do(asking(write_plan(folder / "plan.toml")), folder / "study", StandIn()).complete
-    return folder / "study"
+        before = Plan.read(write_plan(plan, seeds="0", more=SEARCH))
+        store.open(before, inspect(before))
+        for entry in before.search_runs():
+            train(store, entry.run)
+        for entry in before.runs(store.dev_scores(before)):
+            train(store, entry.run)
+        assert "theory" not in json.loads((report(store.folder, folder / "out").parent / "results.json").read_text())
+        assert do(asking(write_plan(plan, more=SEARCH)), store.folder, StandIn()).complete
+    return store.folder
+
+
+def train(store: Store, run: Run) -> None:
+    store.begin(run)
+    fake_tune(run, store.run_folder(run.id))
 
 
 def test_the_key_is_no_part_of_a_run(write: Callable[..., Path]) -> None:
@@ -101,43 +118,70 @@ def test_a_wrong_instrument_is_named_before_anything_runs(
     assert not (tmp_path / "study").exists()
 
 
-def test_final_runs_are_measured_once_and_those_of_an_earlier_plan_too(
-    write: Callable[..., Path], tmp_path: Path
+def test_each_final_run_is_measured_once_and_what_is_there_is_neither_trained_nor_measured_again(
+    original: Path,
 ) -> None:
-    folder = tmp_path / "study"
-    assert do(write(seeds="0", more=SEARCH), folder).complete
-    assert "theory" not in json.loads((report(folder, tmp_path / "plain").parent / "results.json").read_text())
-    assert do(asking(write(seeds="0", more=SEARCH)), folder, StandIn()).complete
-    assert do(asking(write(seeds="0", more=SEARCH)), folder, StandIn()).complete
-    measured = [path.parent for path in folder.glob("runs/*/measured")]
-    results = {path.parent: json.loads(path.read_text()) for path in folder.glob("runs/*/result.json")}
-    assert set(measured) == {path for path, result in results.items() if result["run"]["recipe"]["test"]}
-    assert len(measured) == 4 < len(results)
-    assert all(lines(path) == list(ASKED) for path in measured)
-    assert all(len((path / "starts").read_text().split()) == 1 for path in measured)
-    do(asking(write(seeds="0", more=SEARCH), ["depth"]), folder, StandIn())
-    assert status(folder).complete and {m.instrument for m in collect(folder).theory} == {"depth"}
-
-
-def test_a_killed_instrument_is_asked_again_and_neither_training_nor_the_others_are(original: Path) -> None:
     seen: dict[tuple[str, str, int], list[str]] = {}
     for path in original.glob("runs/*"):
         run = json.loads((path / "run.json").read_text())
-        seen[run["delta"].split("(")[0], run["task"], run["seed"]] = lines(path)
         assert len((path / "starts").read_text().split()) == 1
-        assert {each.name for each in (path / "theory").iterdir()} == {"depth.json", "picky.json"}
-    assert seen.pop(("LoRA", "sentiment", 0)) == ["depth", "picky", "picky"]  # what depth found is kept
+        if run["recipe"]["test"]:  # the others are candidates of the search
+            seen[run["delta"].split("(")[0], run["task"], run["seed"]] = lines(path)
+            assert {each.name for each in (path / "theory").iterdir()} == {"depth.json", "picky.json"}
+        else:
+            assert not (path / "measured").exists()
+    assert seen.pop(("LoRA", "sentiment", 0)) == [
+        "depth",
+        "picky",
+        "picky",
+    ]  # killed at the first picky; depth's is kept
     assert all(each == list(ASKED) for each in seen.values()) and len(seen) == 7
+
+
+def test_a_plan_that_asks_for_less_shows_less_and_does_nothing(
+    original: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(original, tmp_path / "study"))
+    assert do(asking(write(more=SEARCH), ["depth"]), folder, StandIn()).complete
+    assert {measured.instrument for measured in collect(folder).theory} == {"depth"}
 
 
 def test_what_is_trained_and_not_measured_is_pending(original: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(original, tmp_path / "study"))
     next(folder.glob("runs/*/theory/picky.json")).unlink()
     now = status(folder)
-    assert (now.counts["done"], now.counts["pending"], now.complete) == (7, 1, False)
+    assert (now.counts["done"], now.counts["pending"], now.complete) == (11, 1, False)
     (gap,) = collect(folder).gaps
     assert gap.reason == "trained, but not measured yet"
     assert len(collect(folder).final) == 8
+
+
+class Broken(StandIn):
+    def __call__(self, folder: Path, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        raise RuntimeError("out of luck")
+
+
+def test_an_instrument_that_breaks_fails_its_run_which_keeps_its_result(
+    original: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELTATUNE_MODELS", str(models))
+    folder = Path(shutil.copytree(original, tmp_path / "study"))
+    lost = next(folder.glob("runs/*/theory/picky.json"))
+    lost.unlink()
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    store = Store(folder, ASKED)
+    for measure, expected in ((Broken(), "failed"), (StandIn(), "done")):
+        store.forgive(lost.parent.parent.name)
+        ours, theirs = multiprocessing.Pipe()
+        ours.send(Run.of_record(json.loads((lost.parent.parent / "run.json").read_text())))
+        ours.send(None)
+        serve(theirs, store, 1, fake_tune, measure)
+        assert ours.recv() == (expected, None)
+        assert [line.reason for line in status(folder).failures] == ["RuntimeError: out of luck"] * (
+            expected == "failed"
+        )
+        assert len(collect(folder).final) == 8
+    assert lost.exists() and status(folder).complete
 
 
 def test_the_report_has_means_sentences_and_refusals_and_comes_back_from_its_json(
