@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deltatune as dt
 from deltatune.theory.backbone import BackboneDynamics
@@ -112,6 +113,15 @@ def test_a_report_tells_where_the_controls_act_and_leaves_them_as_they_are(delta
     assert report.violation > 0
     assert all((step.energy or 0) > 0 for step in blocks if step.parameters)
     assert report.finding.startswith("Pontryagin")
+
+
+def test_what_reaches_a_step_beside_its_state_is_held_while_its_own_controls_are_moved():
+    system = dynamics(tiny.t5(), dt.Full())  # a norm behind the encoder and the relative positions act in many blocks
+    report = control_report(system)
+    assert report.violation > 0 and all((step.violation or 0) >= 0 for step in report.steps)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no second derivative
+        losses = [MSA(0.01, ascents=2, rho=rho).update(system).loss for rho in (0.0, 0.1, 0.0, 0.1)]
+    assert losses[-1] < losses[0]
 
 
 def test_near_a_minimum_less_can_be_gained():

@@ -59,11 +59,22 @@ class Cut:
         return (after, *rest) if isinstance(y, tuple) else after
 
     def _again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Tensor]:
+        # What is read beside the state was computed before: running the step again does not change it.
+        args = (*args[:1], *map(_fixed, args[1:]))
+        kwargs = {name: value if name == self.first else _fixed(value) for name, value in kwargs.items()}
+
         def advance() -> Tensor:
             y = self.module(*args, **kwargs)
             return y[0] if isinstance(y, tuple) else y
 
         return advance
+
+
+def _fixed(value: Any) -> Any:
+    """Return tensors, or tuples of them, without their graphs, and anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    return tuple(map(_fixed, value)) if type(value) is tuple else value
 
 
 class BackboneDynamics(Dynamics):

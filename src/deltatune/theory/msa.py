@@ -51,11 +51,15 @@ class MSA:
         """Return the controls that raise one step's Hamiltonian, and put the old ones back."""
         before = {name: tensor.detach().clone() for name, tensor in step.controls.items()}
         reached = step.y.detach()
-        for ascent in range(self.ascents):
-            slopes = step.slope if ascent == 0 and not self.rho else self._slopes(step, reached, p)
+        beside = step.slope
+        if self.ascents > 1 or self.rho:  # what acts through what the step reads beside its state keeps its first slope
+            own = MSA(self.rate)._slopes(step, reached, p)
+            beside = {name: slope - own[name] if name in own else slope for name, slope in step.slope.items()}
+        for _ in range(self.ascents):
+            slopes = {} if beside is step.slope else self._slopes(step, reached, p)
             with torch.no_grad():
-                for name, slope in slopes.items():
-                    step.controls[name] += self.rate * slope
+                for name, slope in beside.items():
+                    step.controls[name] += self.rate * (slope + slopes[name] if name in slopes else slope)
         moved = {name: tensor.detach().clone() for name, tensor in step.controls.items()}
         _write(step.controls, before)
         return moved

@@ -111,10 +111,14 @@ class Subject:
 
     @property
     def about(self) -> dict[str, str]:
-        """What was looked at, in words."""
-        named = {name: str(weights.delta) for name, weights in self.deltas.items()}
-        drawn = f"{self.sample.examples} {self.sample.split} examples of {self.task}, seed {self.sample.seed}"
-        return {"Backbone": self.backbone.name, **named, **({"Data": drawn} if self.task else {})}
+        """The backbone and the deltas, in words."""
+        return {"Backbone": self.backbone.name, **{name: str(weights.delta) for name, weights in self.deltas.items()}}
+
+    @property
+    def data(self) -> dict[str, str]:
+        """What is looked at of the task, in words."""
+        count = sum(len(batch["labels"]) for batch in self.batches)
+        return {"Data": f"{count} {self.sample.split} examples of {self.task}, drawn with seed {self.sample.seed}"}
 
     def layer(self, address: str) -> str:
         """Return the block that an address lies in, as a where."""

@@ -36,7 +36,7 @@ def control(subject: Subject, radius: float = 0.1, ascents: int = 4, probes: int
     }
     return Exhibit(
         "control",
-        {**subject.about, **{f"Loop of {text}": kind for text, kind in kinds.items()}},
+        {**subject.about, **subject.data, **{f"Loop of {text}": kind for text, kind in kinds.items()}},
         [report, reach],
         [_steps(report, reach)],
         [*(_chart(name, values) for name, values in profiles.items()), _gramians(reach)],

@@ -38,6 +38,7 @@ def gap(subject: Subject, where: str | None = None, points: int = POINTS) -> Exh
         {
             "Between": " and ".join(subject.deltas) if a else f"the backbone and {next(iter(subject.deltas))}",
             **subject.about,
+            **subject.data,
         },
         [found for found in (apart, states, bound) if found is not None],
         [_numbers(apart, bound), *([_states(states, cka)] if states else [])],

@@ -30,7 +30,7 @@ def landscape(
     lines = [Lines("Through the weights", unit, "loss", slices)] + ([_way(between)] if between else [])
     return Exhibit(
         "landscape",
-        subject.about,
+        {**subject.about, **subject.data},
         [curved, around, *([between] if between else [])],
         [_eigenvalues(curved), *([_losses(between)] if between else [])],
         [*charts, *lines],

@@ -11,17 +11,18 @@ from deltatune.theory.subject import Subject
 
 def size(subject: Subject, share: float = SHARE, where: str = "ffn.down") -> Exhibit:
     """Estimate the smallest rank for the change of weights, and with a task the smallest bottleneck for the outputs at a where."""
-    model, tuned = subject.model, subject.first
+    model, tuned, about = subject.model, subject.first, subject.about
     changed = spectra(model, tuned)
     found = {"rank": smallest_size(changed, share)}
     if subject.task is not None:
         outputs = output_spectra(model, None, tuned, subject.batches, where)
         found[f"bottleneck at {where}"] = smallest_size(outputs, share)
+        about = {**about, **subject.data}
     needs = by_layer(subject, changed, lambda sites: max(site.rank(share) for site in sites))
     series = {name: [(r, 100 * kept) for r, kept in enumerate(each.curve)] for name, each in found.items()}
     return Exhibit(
         "size",
-        subject.about,
+        about,
         list(found.values()),
         [_estimates(found)],
         [Lines("What a size keeps", "size", "% of the squared change", series, level=100 * share)],
