@@ -28,6 +28,7 @@ from torch.autograd import forward_ad
 import deltatune as dt
 from benchmarks.benchmark import Benchmark, Result, Table
 from benchmarks.measure import ratios, show
+from benchmarks.plots import Bars, Plot
 from benchmarks.shape import LlamaShape
 from benchmarks.training import STEP, Contestant
 from benchmarks.twins import LORA
@@ -134,9 +135,19 @@ def _told(one: Result) -> tuple[str, str]:
     return show(one["ratio"]), f"{one['saved_ratio']:.2f}"
 
 
+def plots(result: Result) -> list[Plot]:
+    """Return the step and what is saved with each trick and those before it."""
+    rows = {row["trick"]: row["together"] for row in result["rows"]}
+    return [
+        Bars("Step, with those above", {name: one["ratio"]["median"] for name, one in rows.items()}),
+        Bars("Saved for backward, with those above", {name: one["saved_ratio"] for name, one in rows.items()}),
+    ]
+
+
 BENCHMARK = Benchmark(
     full=Shape(rounds=11, layers=4, width=768, ffn=2048, heads=12, rows=4, tokens=128, answers=8),
     quick=Shape(rounds=2, layers=1, width=64, ffn=96, heads=2, rows=2, tokens=16, answers=4),
     measure=measure,
     tables=tables,
+    plots=plots,
 )
