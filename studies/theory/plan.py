@@ -1,0 +1,73 @@
+"""The plan of the study, read from its file, and the runs that it asks for."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from deltatune.theory.intrinsic import IntrinsicDimension, sweep_runs
+from deltatune.tuning import Recipe, Run
+
+FILE = Path(__file__).with_name("plan.toml")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A delta and its learning rate."""
+
+    delta: str
+    lr: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the file says."""
+
+    backbone: str
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    recipe: Recipe
+    methods: Mapping[str, Choice]
+    search: Mapping[str, Any]
+    intrinsic: Mapping[str, Any]
+    placement: Mapping[str, Any]
+    size: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path = FILE) -> Plan:
+        """Return the plan of a file."""
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        methods = {name: Choice(**choice) for name, choice in data.pop("methods").items()}
+        recipe = Recipe.from_json(data.pop("recipe"))
+        tasks, seeds = tuple(data.pop("tasks")), tuple(data.pop("seeds"))
+        return cls(tasks=tasks, seeds=seeds, recipe=recipe, methods=methods, **data)
+
+    def run(self, choice: Choice, task: str, seed: int, **changes: Any) -> Run:
+        """Return a run of the plan's recipe at the choice's rate, with changes to the recipe."""
+        return Run(choice.delta, self.backbone, task, replace(self.recipe, lr=choice.lr, **changes), seed)
+
+    def searched(self) -> dict[str, list[tuple[Choice, Run]]]:
+        """Return the runs of the search, by what they choose for."""
+        found = {}
+        for name, candidates in self.search["candidates"].items():
+            choices = [Choice(**candidate) for candidate in candidates]
+            task, steps = self.search["task"], self.search["steps"]
+            found[name] = [(c, self.run(c, task, 0, steps=steps, test=False)) for c in choices]
+        return found
+
+    def ranks(self) -> dict[int, Choice]:
+        """Return LoRA by rank, the method's own among them."""
+        rate = self.size["lr"]
+        found = {rank: Choice(f"LoRA(rank={rank})", rate) for rank in self.size["ranks"]} | {8: self.methods["LoRA"]}
+        return dict(sorted(found.items()))
+
+    def sweep(self, task: str, seeds: tuple[int, ...], folder: Path, rate: float) -> IntrinsicDimension:
+        """Return SAID's intrinsic dimension of a task; `rate` is that of `at` dimensions."""
+        at, dims = self.intrinsic["at"], self.intrinsic["dims"]
+        recipes = {d: replace(self.recipe, lr=float(f"{rate * sqrt(at / d):.3g}"), test=False) for d in dims}
+        full = self.run(self.methods["Full"], task, 0)
+        return sweep_runs(full, dims, seeds, folder, recipes=recipes)
