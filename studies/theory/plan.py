@@ -59,15 +59,21 @@ class Plan:
             found[name] = [(c, self.run(c, task, 0, steps=steps, test=False)) for c in choices]
         return found
 
-    def ranks(self) -> dict[int, Choice]:
-        """Return LoRA by rank, the method's own among them."""
-        rate = self.size["lr"]
-        found = {rank: Choice(f"LoRA(rank={rank})", rate) for rank in self.size["ranks"]} | {8: self.methods["LoRA"]}
-        return dict(sorted(found.items()))
+    def ranks(self, task: str, seed: int) -> dict[int, Run]:
+        """Return the runs of LoRA by rank, the method's own among them."""
+        choices = {rank: Choice(f"LoRA(rank={rank})", self.size["lr"]) for rank in self.size["ranks"]}
+        found = {rank: self.run(choice, task, seed, test=False) for rank, choice in choices.items()}
+        return dict(sorted((found | {8: self.run(self.methods["LoRA"], task, seed)}).items()))
+
+    def placed(self, text: str, task: str, seed: int) -> Run:
+        """Return the run of a placed delta."""
+        return self.run(Choice(text, self.placement["lr"]), task, seed, eval_every=self.recipe.steps)
 
     def sweep(self, task: str, seeds: tuple[int, ...], folder: Path, rate: float) -> IntrinsicDimension:
         """Return SAID's intrinsic dimension of a task; `rate` is that of `at` dimensions."""
         at, dims = self.intrinsic["at"], self.intrinsic["dims"]
-        recipes = {d: replace(self.recipe, lr=float(f"{rate * sqrt(at / d):.3g}"), test=False) for d in dims}
+        rates = {d: float(f"{rate * sqrt(at / d):.3g}") for d in dims}
+        once = {"eval_every": self.recipe.steps, "test": False}
+        recipes = {d: replace(self.recipe, lr=rates[d], **once) for d in dims}
         full = self.run(self.methods["Full"], task, 0)
         return sweep_runs(full, dims, seeds, folder, recipes=recipes)

@@ -7,7 +7,6 @@ from deltatune.errors import DeltaTuneError
 from deltatune.theory.placement import even_worth, place_by_control, place_by_worth, random_worth
 from deltatune.tuning.structure import search_structure
 from studies.theory.data import examples_of
-from studies.theory.plan import Choice
 from studies.theory.state import State
 
 
@@ -27,22 +26,16 @@ def intrinsic(state: State, seed: int) -> None:
 def size(state: State, seed: int) -> None:
     """Train LoRA of every rank on every task."""
     for task in state.plan.tasks:
-        for choice in state.plan.ranks().values():
-            state.tune(state.plan.run(choice, task, seed))
+        for run in state.plan.ranks(task, seed).values():
+            state.tune(run)
 
 
 def placement(state: State, seed: int) -> None:
     """Place LoRA in four ways under every budget and train what comes out."""
     for task in state.plan.tasks:
-        for choice in placed(state, task, seed).values():
-            state.tune(state.plan.run(choice, task, seed))
-
-
-def placed(state: State, task: str, seed: int) -> dict[tuple[str, int], Choice]:
-    """Return the placed deltas by way and budget."""
-    texts = state.measured(f"placed-{task}-{seed}", lambda: _place(state, task, seed))
-    rate = state.plan.placement["lr"]
-    return {(way, int(budget)): Choice(text, rate) for way, own in texts.items() for budget, text in own.items()}
+        texts = state.measured(f"placed-{task}-{seed}", lambda: _place(state, task, seed))
+        for text in (text for own in texts.values() for text in own.values()):
+            state.tune(state.plan.placed(text, task, seed))
 
 
 def _place(state: State, task: str, seed: int) -> dict[str, dict[int, str]]:
