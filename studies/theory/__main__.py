@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deltatune.errors import DeltaTuneError
-from studies.theory import training
+from studies.theory import measuring, training
 from studies.theory.plan import Plan
 from studies.theory.state import State
 
@@ -16,6 +16,9 @@ STEPS: dict[str, Callable[[State, int], None]] = {
     "intrinsic": training.intrinsic,
     "placement": training.placement,
     "size": training.size,
+    "control": measuring.control,
+    "spectrum": measuring.spectrum,
+    "function": measuring.function,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from deltatune.core.delta import parse
 from deltatune.errors import DeltaTuneError
 from deltatune.theory.placement import even_worth, place_by_control, place_by_worth, random_worth
@@ -33,7 +35,7 @@ def size(state: State, seed: int) -> None:
 def placement(state: State, seed: int) -> None:
     """Place LoRA in four ways under every budget and train what comes out."""
     for task in state.plan.tasks:
-        texts = state.measured(f"placed-{task}-{seed}", lambda: _place(state, task, seed))
+        texts = state.measured(f"placed-{task}-{seed}", partial(_place, state, task, seed))
         for text in (text for own in texts.values() for text in own.values()):
             state.tune(state.plan.placed(text, task, seed))
 
