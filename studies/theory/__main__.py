@@ -7,17 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deltatune.errors import DeltaTuneError
-from studies.theory import measuring, training
+from studies.theory import measuring, robustness, training
 from studies.theory.plan import Plan
 from studies.theory.state import State
 
 STEPS: dict[str, Callable[[State, int], None]] = {
     "runs": training.runs,
+    "prefix": training.prefix,
     "intrinsic": training.intrinsic,
     "placement": training.placement,
     "size": training.size,
     "control": measuring.control,
     "spectrum": measuring.spectrum,
+    "robust": robustness.robust,
     "function": measuring.function,
 }
 

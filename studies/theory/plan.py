@@ -36,6 +36,7 @@ class Plan:
     intrinsic: Mapping[str, Any]
     placement: Mapping[str, Any]
     size: Mapping[str, Any]
+    robust: Mapping[str, Any]
 
     @classmethod
     def read(cls, path: Path = FILE) -> Plan:
@@ -64,6 +65,11 @@ class Plan:
         choices = {rank: Choice(f"LoRA(rank={rank})", self.size["lr"]) for rank in self.size["ranks"]}
         found = {rank: self.run(choice, task, seed, test=False) for rank, choice in choices.items()}
         return dict(sorted((found | {8: self.run(self.methods["LoRA"], task, seed)}).items()))
+
+    def longer(self, prefix: Choice, task: str, seed: int) -> Run:
+        """Return the run of the prefix whose loop is closed."""
+        steps = self.robust["steps"]
+        return self.run(prefix, task, seed, steps=steps, eval_every=steps // 3)
 
     def placed(self, text: str, task: str, seed: int) -> Run:
         """Return the run of a placed delta."""

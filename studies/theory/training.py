@@ -19,6 +19,12 @@ def runs(state: State, seed: int) -> None:
             state.tune(state.plan.run(choice, task, seed))
 
 
+def prefix(state: State, seed: int) -> None:
+    """Train the prefixes whose loop is closed."""
+    for task in state.plan.robust["tasks"]:
+        state.tune(state.plan.longer(state.chosen("PrefixTuning"), task, seed))
+
+
 def intrinsic(state: State, seed: int) -> None:
     """Train SAID in every dimension on every task."""
     for task in state.plan.tasks:
