@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deltatune.errors import DeltaTuneError
-from studies.theory import measuring, robustness, training
+from studies.theory import costs, measuring, robustness, training
 from studies.theory.plan import Plan
 from studies.theory.state import State
 
@@ -21,6 +21,7 @@ STEPS: dict[str, Callable[[State, int], None]] = {
     "spectrum": measuring.spectrum,
     "robust": robustness.robust,
     "function": measuring.function,
+    "costs": costs.costs,
 }
 
 
