@@ -59,10 +59,10 @@ def control(state: State, seed: int) -> None:
 
 
 def function(state: State, seed: int) -> None:
-    """Compare what Full and each other side compute, and the sharpness of the first task's deltas."""
+    """Compare what Full and each other side compute, and the sharpness of the first task's and seed's deltas."""
     each(state, seed, "function", _function)
     for method, task, run in finished(state, seed):
-        if method != "Full" and task == state.plan.tasks[0]:
+        if method != "Full" and task == state.plan.tasks[0] and seed == state.plan.seeds[0]:
             state.measured(f"sharpness-{method}-{task}-{seed}", partial(_sharpness, state, run))
 
 
