@@ -9,6 +9,7 @@ from pathlib import Path
 from deltatune.errors import DeltaTuneError
 from studies.theory import costs, measuring, robustness, training
 from studies.theory.plan import Plan
+from studies.theory.report import report
 from studies.theory.state import State
 
 STEPS: dict[str, Callable[[State, int], None]] = {
@@ -37,6 +38,7 @@ def main() -> None:
     for seed in state.plan.seeds:
         for step in given.steps or STEPS:
             STEPS[step](state, seed)
+    report(state)
 
 
 if __name__ == "__main__":

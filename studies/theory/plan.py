@@ -75,11 +75,21 @@ class Plan:
         """Return the run of a placed delta."""
         return self.run(Choice(text, self.placement["lr"]), task, seed, eval_every=self.recipe.steps)
 
+    def swept(self, task: str, seed: int, rate: float) -> list[Run]:
+        """Return the runs of SAID by dimension; `rate` is that of `at` dimensions."""
+        return [
+            replace(self._full(task, seed), delta=f"SAID(dim={d})", recipe=r) for d, r in self._recipes(rate).items()
+        ]
+
     def sweep(self, task: str, seeds: tuple[int, ...], folder: Path, rate: float) -> IntrinsicDimension:
-        """Return SAID's intrinsic dimension of a task; `rate` is that of `at` dimensions."""
+        """Return SAID's intrinsic dimension of a task from these runs and those of Full."""
+        recipes = self._recipes(rate)
+        return sweep_runs(self._full(task, 0), list(recipes), seeds, folder, recipes=recipes)
+
+    def _full(self, task: str, seed: int) -> Run:
+        return self.run(self.methods["Full"], task, seed)
+
+    def _recipes(self, rate: float) -> dict[int, Recipe]:
         at, dims = self.intrinsic["at"], self.intrinsic["dims"]
-        rates = {d: float(f"{rate * sqrt(at / d):.3g}") for d in dims}
         once = {"eval_every": self.recipe.steps, "test": False}
-        recipes = {d: replace(self.recipe, lr=rates[d], **once) for d in dims}
-        full = self.run(self.methods["Full"], task, 0)
-        return sweep_runs(full, dims, seeds, folder, recipes=recipes)
+        return {d: replace(self.recipe, lr=float(f"{rate * sqrt(at / d):.3g}"), **once) for d in dims}
