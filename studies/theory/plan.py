@@ -72,8 +72,8 @@ class Plan:
         return self.run(prefix, task, seed, steps=steps, eval_every=steps // 3)
 
     def placed(self, text: str, task: str, seed: int) -> Run:
-        """Return the run of a placed delta."""
-        return self.run(Choice(text, self.placement["lr"]), task, seed, eval_every=self.recipe.steps)
+        """Return the run of a placed delta, of which nothing is chosen and only the end counts."""
+        return self.run(Choice(text, self.placement["lr"]), task, seed, eval_every=0)
 
     def swept(self, task: str, seed: int, rate: float) -> list[Run]:
         """Return the runs of SAID by dimension; `rate` is that of `at` dimensions."""

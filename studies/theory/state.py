@@ -36,7 +36,9 @@ class State:
         known = self.has(run)
         result = tuning.tune(run, self.runs / run.id)
         if not known:
-            print(f"{started} {run.delta} {run.task} {run.seed}: dev {result['dev']:.1f}", flush=True)
+            print(
+                f"{started} {run.delta[:60]} {run.task} {run.seed}: {result['dev'] or result['test']:.1f}", flush=True
+            )
         return result
 
     def has(self, run: Run) -> bool:

@@ -40,8 +40,8 @@ def by_seed(state: State, run: Callable[[int], Run]) -> list[dict[str, Any]]:
 
 def scored(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the scores of one delta over seeds."""
-    tests = [r["test"] for r in results if r["test"] is not None]
-    return {"dev": spread(r["dev"] for r in results)} | ({"test": spread(tests)} if tests else {})
+    found = {split: [r[split] for r in results if r[split] is not None] for split in ("dev", "test")}
+    return {split: spread(own) for split, own in found.items() if own}
 
 
 def runs(state: State) -> Rows:
