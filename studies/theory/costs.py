@@ -32,6 +32,7 @@ from deltatune.theory.neutral import check_neutral
 from deltatune.theory.overlap import gradient_overlap, principal_angles
 from deltatune.theory.placement import place_by_control
 from deltatune.theory.residual import residuals
+from deltatune.theory.robust import manifolds, steered
 from deltatune.theory.similarity import compare_states
 from deltatune.theory.size import smallest_bottleneck, smallest_size
 from deltatune.theory.spectrum import gradient_spectra, spectra
@@ -75,13 +76,24 @@ def train(s: Subject, delta: Any) -> None:
         optimizer.zero_grad()
 
 
+def close(s: Subject) -> None:
+    """Find the planes of four batches, and adjust a prefix to one."""
+    first = torch.zeros(s.state.plan.recipe.batch, 1, dtype=torch.long)
+    prompts = [{name: t for name, t in b.items() if name != "labels"} | {"decoder_input_ids": first} for b in s.batches]
+    attached = s.attached(s.weights("PrefixTuning"))
+    with steered(attached, prompts[0], manifolds(s.model, prompts)):
+        pass
+
+
 def residual(s: Subject, text: str) -> None:
+    """Project what Full did on a family."""
     residuals(s.model, s.weights("Full"), [dt.parse(text)])
 
 
 INSTRUMENTS: dict[str, Callable[[Subject], Any]] = {
     "training step: LoRA, 4 batches": lambda s: train(s, dt.LoRA(rank=8)),
     "training step: Full, 4 batches": lambda s: train(s, dt.Full()),
+    "intrinsic dimension: a step of SAID(dim=4096), 4 batches": lambda s: train(s, dt.SAID(dim=4096)),
     "neutral delta: LoRA, 4 batches": lambda s: check_neutral(s.model, dt.LoRA(rank=8), s.batches),
     "spectrum: Full": lambda s: spectra(s.model, s.weights("Full")),
     "spectrum: LoRA": lambda s: spectra(s.model, s.weights("LoRA")),
@@ -114,6 +126,7 @@ INSTRUMENTS: dict[str, Callable[[Subject], Any]] = {
     "controllability: Full, 8 probes, 1 batch": lambda s: controllability(s.system("Full")),
     "one step of MSA: LoRA, 1 batch": lambda s: MSA(1e-3).update(s.system("LoRA")),
     "open or closed loop: Adapter": lambda s: loops(s.attached(s.weights("Adapter"))),
+    "closed loop: prefix, 10 steps, 1 batch": close,
     "placement by control, 4 batches": lambda s: place_by_control(
         s.model, dt.LoRA(rank=8).at(EVERYWHERE), s.batches, 49152
     ),
