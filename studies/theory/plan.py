@@ -9,7 +9,6 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from deltatune.theory.intrinsic import IntrinsicDimension, sweep_runs
 from deltatune.tuning import Recipe, Run
 
 FILE = Path(__file__).with_name("plan.toml")
@@ -78,15 +77,11 @@ class Plan:
     def swept(self, task: str, seed: int, rate: float) -> list[Run]:
         """Return the runs of SAID by dimension; `rate` is that of `at` dimensions."""
         return [
-            replace(self._full(task, seed), delta=f"SAID(dim={d})", recipe=r) for d, r in self._recipes(rate).items()
+            replace(self.full(task, seed), delta=f"SAID(dim={d})", recipe=r) for d, r in self._recipes(rate).items()
         ]
 
-    def sweep(self, task: str, seeds: tuple[int, ...], folder: Path, rate: float) -> IntrinsicDimension:
-        """Return SAID's intrinsic dimension of a task from these runs and those of Full."""
-        recipes = self._recipes(rate)
-        return sweep_runs(self._full(task, 0), list(recipes), seeds, folder, recipes=recipes)
-
-    def _full(self, task: str, seed: int) -> Run:
+    def full(self, task: str, seed: int) -> Run:
+        """Return the run of full fine-tuning."""
         return self.run(self.methods["Full"], task, seed)
 
     def _recipes(self, rate: float) -> dict[int, Recipe]:

@@ -91,12 +91,12 @@ def by_task(rows: Rows, draw: Draw) -> list[tuple[str, Callable[[Axes], None]]]:
 
 
 def intrinsic(axes: Axes, rows: Rows) -> None:
-    """SAID's dev score against d: each seed, their mean, and 90 % of Full."""
+    """SAID's dev score against d by seed, and what is read from it."""
     (row,) = rows
-    for scores in row["scores"]:
-        axes.plot(row["dims"], scores, color=PRINT.methods[0], linewidth=0.8, alpha=0.5)
-    means = [fmean(own) for own in zip(*row["scores"], strict=True)]
-    axes.plot(row["dims"], means, "o-", color=PRINT.methods[0], label="SAID, mean and seeds")
+    for own in row["scores"].values():
+        axes.plot(
+            list(own), list(own.values()), "o-", color=PRINT.methods[0], markersize=3, alpha=0.6, label="SAID, by seed"
+        )
     axes.axhline(0.9 * fmean(row["full"]), color=PRINT.methods[-1], linestyle="--", label="90 % of Full")
     axes.axhline(0.5 * fmean(row["full"]), color=PRINT.methods[-1], linestyle=":", label="50 % of Full")
     axes.set_xscale("log")

@@ -92,13 +92,22 @@ def _runs(rows: Rows) -> str:
 
 
 def _intrinsic(rows: Rows) -> str:
-    body = []
-    for row in rows:
-        scores = [" / ".join(f"{one:.0f}" for one in own) for own in zip(*row["scores"], strict=True)]
-        full = " / ".join(f"{one:.0f}" for one in row["full"])
-        half = " / ".join("above" if one is None else f"{one:,.0f}" for one in row["d_50"])
-        body.append([row["task"], full, *scores, row["finding"], half])
-    return table(["task", "Full, dev by seed", *(f"d = {d:,}" for d in rows[0]["dims"]), "d_90", "d_50 by seed"], body)
+    dims = sorted({d for row in rows for own in row["scores"].values() for d in own})
+
+    def scores(row: dict[str, Any], d: int) -> str:
+        return " / ".join(f"{own[d]:.0f}" if d in own else "–" for own in row["scores"].values())
+
+    body = [
+        [
+            row["task"],
+            " / ".join(f"{one:.0f}" for one in row["full"]),
+            *(scores(row, d) for d in dims),
+            row["finding"],
+            row["half"],
+        ]
+        for row in rows
+    ]
+    return table(["task", "Full", *(f"d = {d:,}" for d in dims), "d_90", "d_50"], body)
 
 
 def _control(rows: Rows) -> str:
@@ -109,6 +118,17 @@ def _control(rows: Rows) -> str:
 
     text = "Sum of V over blocks, then sum of |grad H| over steps, each before → after training:\n\n"
     return text + crossed(some(rows, side="before"), "method", "task", both)
+
+
+def _residual(rows: Rows) -> str:
+    def left(row: dict[str, Any], family: str) -> str:
+        mean, deviation, count = row["left"].get(family, (None, None, 0))
+        return told([100 * mean, 100 * deviation, count], 2) if count else "–"
+
+    head = "% of the squared change that is left:\n\n"
+    return head + table(
+        ["family", *names(rows, "task")], [[plain(f), *(left(row, f) for row in rows)] for f in rows[0]["left"]]
+    )
 
 
 def _size(rows: Rows) -> str:
@@ -154,10 +174,7 @@ SECTIONS: dict[str, Callable[[Rows], str]] = {
     ),
     "control": _control,
     "spectrum": lambda rows: "",
-    "residual": lambda rows: table(
-        ["family", *names(rows, "task")],
-        [[plain(f), *(told([100 * v for v in r["left"][f][:2]] + [3]) if f in r["left"] else "–" for r in rows)] for f in rows[0]["left"]],
-    ),
+    "residual": _residual,
     "intrinsic": _intrinsic,
     "placement": lambda rows: "\n".join(
         f"{task}, test score by budget:\n\n{crossed(some(rows, task=task), 'way', 'budget', lambda r: told(r['test']))}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from math import log10
 from statistics import fmean, stdev
 from typing import Any
 
 from deltatune.files import read_json
-from deltatune.theory.intrinsic import crossing
+from deltatune.theory.intrinsic import IntrinsicDimension
 from deltatune.tuning import Run
 from studies.theory.state import State
 
@@ -67,21 +68,32 @@ def search(state: State) -> Rows:
 
 
 def intrinsic(state: State) -> Rows:
-    """Return SAID's sweep of every task, over the seeds that are finished."""
+    """Return SAID's sweep of every task: d_90 from the dimensions that all seeds have finished, and all scores."""
     if not all(state.has(run) for _, run in state.plan.searched()["SAID"]):
         return []
     rows, dims = [], state.plan.intrinsic["dims"]
-    rate = state.chosen("SAID").lr
     for task in state.plan.tasks:
-        whole = [s for s in state.plan.seeds if all(map(state.has, state.plan.swept(task, s, rate)))]
-        if whole:
-            found = state.plan.sweep(task, tuple(whole), state.runs, rate)
-            halves = [crossing(dims, scores, full / 2) for scores, full in zip(found.scores, found.full, strict=True)]
+        known = {seed: _swept(state, task, seed) for seed in state.plan.seeds}
+        seeds = tuple(seed for seed, own in known.items() if len(own) > 1)
+        common = tuple(d for d in dims if all(d in known[seed] for seed in seeds))
+        if seeds:
+            full = tuple((result(state, state.plan.full(task, seed)) or {})["dev"] for seed in seeds)
+            scores = tuple(tuple(known[seed][d] for d in common) for seed in seeds)
+            found = IntrinsicDimension(common, seeds, scores, full)
+            half = replace(found, share=0.5)
             rows.append(
-                {"task": task, "dims": dims, "scores": found.scores, "full": found.full, "d_90": found.dimension}
-                | {"interval": found.interval, "d_50": halves, "finding": found.finding}
+                {"task": task, "seeds": seeds, "scores": known, "full": full, "dims": common}
+                | {"d_90": found.dimension, "interval": found.interval, "finding": found.finding}
+                | {"d_50": half.by_seed, "half": half.finding}
             )
     return rows
+
+
+def _swept(state: State, task: str, seed: int) -> dict[int, float]:
+    """Return the dev scores of SAID by dimension, of those that are finished."""
+    runs = state.plan.swept(task, seed, state.chosen("SAID").lr)
+    results = zip(state.plan.intrinsic["dims"], (result(state, run) for run in runs), strict=True)
+    return {d: found["dev"] for d, found in results if found}
 
 
 def measured(state: State, name: str) -> Iterator[tuple[str, str, list[Any]]]:

@@ -28,7 +28,8 @@ def prefix(state: State, seed: int) -> None:
 def intrinsic(state: State, seed: int) -> None:
     """Train SAID in every dimension on every task."""
     for task in state.plan.tasks:
-        state.plan.sweep(task, (seed,), state.runs, state.chosen("SAID").lr)
+        for run in state.plan.swept(task, seed, state.chosen("SAID").lr):
+            state.tune(run)
 
 
 def size(state: State, seed: int) -> None:
