@@ -11,6 +11,7 @@ from typing import Any
 from deltatune.files import read_json
 from deltatune.theory.intrinsic import IntrinsicDimension
 from deltatune.tuning import Run
+from studies.theory.costs import INSTRUMENTS
 from studies.theory.state import State
 
 Rows = list[dict[str, Any]]
@@ -218,7 +219,8 @@ def robust(state: State) -> Rows:
 
 def costs(state: State) -> Rows:
     """Return seconds and memory of every instrument."""
-    return list(state.known("cost-").values())
+    known = {row["name"]: row for row in state.known("cost-").values()}
+    return [known[name] for name in INSTRUMENTS if name in known]
 
 
 TABLES: dict[str, Callable[[State], Rows]] = {
