@@ -1,4 +1,4 @@
-"""What each instrument costs: seconds and peak memory on the plan's backbone, each in a process of its own.
+"""What each instrument costs: processor seconds and peak memory on the plan's backbone, each in a process of its own.
 
 `python -m studies.theory.costs NAME STATE` measures one and prints it as JSON. Memory is that of the whole process at its
 highest; the row `training step` is the plain training that all are compared with.
@@ -150,9 +150,9 @@ def _alone(state: State, name: str) -> dict[str, Any]:
 
 def main() -> None:
     subject = Subject(State(Plan.read(), Path(sys.argv[2])))
-    loaded, peak, started = in_use(torch.device("cpu")), Peak(torch.device("cpu")), time.perf_counter()
+    loaded, peak, started = in_use(torch.device("cpu")), Peak(torch.device("cpu")), time.process_time()
     INSTRUMENTS[sys.argv[1]](subject)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     print(json.dumps({"seconds": seconds, "loaded": loaded / MEGABYTE, "peak": peak.note() / MEGABYTE}))
 
 

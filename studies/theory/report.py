@@ -165,7 +165,9 @@ def _costs(rows: Rows) -> str:
         "The process's highest memory, over that of four plain training steps: of Full for what holds or changes all parameters, else of "
         "LoRA. The last column leaves out what every process holds once the backbone is loaded.\n\n"
     )
-    return head + table(["instrument", "seconds", "peak MB", "over training", "beyond the loaded backbone"], body)
+    return head + table(
+        ["instrument", "processor seconds", "peak MB", "over training", "beyond the loaded backbone"], body
+    )
 
 
 def _function(rows: Rows) -> str:
