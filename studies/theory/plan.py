@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import log, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +74,19 @@ class Plan:
         """Return the run of a placed delta, of which nothing is chosen and only the end counts."""
         return self.run(Choice(text, self.placement["lr"]), task, seed, eval_every=0)
 
-    def swept(self, task: str, seed: int, rate: float) -> list[Run]:
-        """Return the runs of SAID by dimension; `rate` is that of `at` dimensions."""
-        return [
-            replace(self.full(task, seed), delta=f"SAID(dim={d})", recipe=r) for d, r in self._recipes(rate).items()
-        ]
+    def swept(self, task: str, seed: int, rates: Mapping[int, float]) -> list[Run]:
+        """Return the runs of SAID by dimension, at the rates that were found for some dimensions."""
+        recipes = self._recipes(rates).items()
+        return [replace(self.full(task, seed), delta=f"SAID(dim={d})", recipe=recipe) for d, recipe in recipes]
 
     def full(self, task: str, seed: int) -> Run:
         """Return the run of full fine-tuning."""
         return self.run(self.methods["Full"], task, seed)
 
-    def _recipes(self, rate: float) -> dict[int, Recipe]:
-        at, dims = self.intrinsic["at"], self.intrinsic["dims"]
+    def _recipes(self, rates: Mapping[int, float]) -> dict[int, Recipe]:
         once = {"eval_every": self.recipe.steps, "test": False}
-        return {d: replace(self.recipe, lr=float(f"{rate * sqrt(at / d):.3g}"), **once) for d in dims}
+        found = {}
+        for d in self.intrinsic["dims"]:
+            near = min(rates, key=lambda at, d=d: abs(log(at / d)))
+            found[d] = replace(self.recipe, lr=float(f"{rates[near] * sqrt(near / d):.3g}"), **once)
+        return found

@@ -70,6 +70,10 @@ class State:
         tried = [(self.tune(run)["dev"], choice) for choice, run in self.plan.searched()[name]]
         return max(tried, key=lambda pair: pair[0])[1]
 
+    def rates(self) -> dict[int, float]:
+        """Return the rates of SAID that were found, by dimension."""
+        return {at: self.chosen(f"SAID {at}").lr for at in self.plan.intrinsic["at"]}
+
     def methods(self) -> dict[str, Choice]:
         """Return all methods that are compared."""
         return {**self.plan.methods, "PrefixTuning": self.chosen("PrefixTuning")}

@@ -70,7 +70,8 @@ def search(state: State) -> Rows:
 
 def intrinsic(state: State) -> Rows:
     """Return SAID's sweep of every task: d_90 from the dimensions that all seeds have finished, and all scores."""
-    if not all(state.has(run) for _, run in state.plan.searched()["SAID"]):
+    searched = state.plan.searched()
+    if not all(state.has(run) for at in state.plan.intrinsic["at"] for _, run in searched[f"SAID {at}"]):
         return []
     rows, dims = [], state.plan.intrinsic["dims"]
     for task in state.plan.tasks:
@@ -92,7 +93,7 @@ def intrinsic(state: State) -> Rows:
 
 def _swept(state: State, task: str, seed: int) -> dict[int, float]:
     """Return the dev scores of SAID by dimension, of those that are finished."""
-    runs = state.plan.swept(task, seed, state.chosen("SAID").lr)
+    runs = state.plan.swept(task, seed, state.rates())
     results = zip(state.plan.intrinsic["dims"], (result(state, run) for run in runs), strict=True)
     return {d: found["dev"] for d, found in results if found}
 

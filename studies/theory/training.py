@@ -28,7 +28,7 @@ def prefix(state: State, seed: int) -> None:
 def intrinsic(state: State, seed: int) -> None:
     """Train SAID in every dimension on every task."""
     for task in state.plan.tasks:
-        for run in state.plan.swept(task, seed, state.chosen("SAID").lr):
+        for run in state.plan.swept(task, seed, state.rates()):
             state.tune(run)
 
 
