@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from deltatune.study.palette import PRINT, Palette
+from studies.theory.canvas import counted, line, save
 from studies.theory.measuring import RANKS
 from studies.theory.tables import Rows
 
@@ -32,11 +31,6 @@ ROLES = (
     "ffn.up",
     "ffn.down",
 )
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 Draw = Callable[..., None]
 
 
@@ -48,41 +42,6 @@ def names(rows: Rows, key: str) -> list[Any]:
 def some(rows: Rows, **wanted: Any) -> Rows:
     """Return the rows that have these values."""
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-
-
-def save(
-    folder: Path, name: str, panels: Sequence[tuple[str, Callable[[Axes], None]]], size: tuple[float, float]
-) -> None:
-    """Draw panels in rows of three, each of a size in inches, with one legend under them, and write them as PNG."""
-    rows, columns = -(-len(panels) // 3), min(len(panels), 3)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
-        for place, (title, draw) in enumerate(panels, 1):
-            axes = figure.add_subplot(rows, columns, place)
-            axes.set_title(title, loc="left", fontsize=10)
-            axes.grid(color=PRINT.grid, linewidth=0.6)
-            axes.set_axisbelow(True)
-            draw(axes)
-        known = {
-            label: handle
-            for axes in figure.axes
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        if known:
-            figure.legend(
-                known.values(), known.keys(), loc="outside lower center", ncols=min(len(known), 6), frameon=False
-            )
-        figure.savefig(folder / f"{name}.png", dpi=100)
-
-
-def line(
-    axes: Axes, look: Palette, name: str, x: Sequence[Any], y: Sequence[float], error: Sequence[float] = ()
-) -> None:
-    """A named line with its marks, and bars of one standard deviation."""
-    axes.errorbar(
-        x, y, yerr=list(error) or None, color=look.color(name), marker=look.marker(name), markersize=4.5, linewidth=1.4,
-        capsize=2, elinewidth=0.8, label=name,
-    )  # fmt: skip
 
 
 def by_task(rows: Rows, draw: Draw) -> list[tuple[str, Callable[[Axes], None]]]:
@@ -99,8 +58,7 @@ def intrinsic(axes: Axes, rows: Rows) -> None:
         )
     axes.axhline(0.9 * fmean(row["full"]), color=PRINT.methods[-1], linestyle="--", label="90 % of Full")
     axes.axhline(0.5 * fmean(row["full"]), color=PRINT.methods[-1], linestyle=":", label="50 % of Full")
-    axes.set_xscale("log")
-    axes.set_xlabel("dimensions d")
+    counted(axes, row["dims"], "dimensions d")
     axes.set_ylabel("dev score")
     axes.set_ylim(bottom=0)
 
@@ -181,8 +139,7 @@ def placement(axes: Axes, rows: Rows) -> None:
     for way in names(rows, "way"):
         own = some(rows, way=way)
         line(axes, WAYS, way, [r["budget"] for r in own], [r["test"][0] for r in own], [r["test"][1] for r in own])
-    axes.set_xscale("log")
-    axes.set_xlabel("trained parameters")
+    counted(axes, names(rows, "budget"), "trained parameters")
     axes.set_ylabel("test score")
 
 
@@ -200,8 +157,7 @@ def size(axes: Axes, rows: Rows) -> None:
                 linestyle=look,
                 label=f"rank for {100 * float(share):g} % of Full's change",
             )
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("rank")
+    counted(axes, list(map(int, row["dev"])), "rank")
     axes.set_ylabel("dev score")
 
 
