@@ -65,7 +65,7 @@ def test_steering_brings_states_nearer_and_is_undone(name, method):
         inside = {n: t.clone() for n, t in link.weights.tensors.items()}
         moved = last_states(link.model, strange)
         cost = sum(float(plane.apart(moved[n].detach()).mean()) for n, plane in known.items())
-    assert len(costs) == 6 and costs[-1] < costs[0] and cost == pytest.approx(costs[-1], rel=1e-5)
+    assert len(costs) == 6 and min(costs) < costs[0] and cost == pytest.approx(min(costs), rel=1e-5)
     assert any(not torch.equal(inside[n], t) for n, t in before.items())
     assert all(torch.equal(link.weights.tensors[n], t) for n, t in before.items())
     assert all(torch.equal(last_states(link.model, strange)[n], h) for n, h in states.items())
@@ -80,6 +80,15 @@ def test_what_is_added_depends_on_the_batch():
         with steered(link, texts("t5", seed), known, steps=2):
             found.append(torch.cat([t.flatten() for t in link.weights.tensors.values()]).clone())
     assert not torch.equal(*found)
+
+
+def test_steps_that_are_too_long_leave_the_open_loop():
+    link = attached("t5", dt.PrefixTuning(length=3))
+    known = manifolds(link.model, [texts("t5", seed) for seed in (0, 1)])
+    before = link.weights.tensors
+    with steered(link, texts("t5", 0), known, steps=3, rate=1e4) as costs:
+        assert min(costs) == costs[0]
+        assert all(torch.equal(t, before[n]) for n, t in link.weights.tensors.items())
 
 
 def test_no_step_is_the_open_loop():

@@ -3,7 +3,7 @@
     M_j = {m_j + Q_j a}        m_j [d], Q_j [d, k]: mean and principal directions of h_j at the position that answers, over
                                training texts that are answered correctly
     C(u) = sum_j mean_rows |(I - Q_j Q_j^T) (h_j(d + u) - m_j)|^2 / v_j        v_j the variance of these texts' h_j
-    u: some steps of Adam on C from 0, for each batch anew
+    u: the best of some steps of Adam on C from 0, for each batch anew
 
 The robust prefix of Yang and Liu (2022, arXiv:2203.10378), whose d is a prefix; here of any trained delta. Theirs sums without
 v_j, which lets the deepest block, whose states are longest, decide alone. No label of the batch is looked at.
@@ -94,8 +94,8 @@ def steered(
 ) -> Iterator[list[float]]:
     """The scope in which an attached delta is adjusted to one batch; its leaves are as they were when it ends.
 
-    Yields C before each step and after the last. `batch` is as for `manifolds`. Raises `DeltaTuneError` when the delta has
-    nothing that is trained.
+    Yields C before each step and after the last; the leaves are where it was least. `batch` is as for `manifolds`. Raises
+    `DeltaTuneError` when the delta has nothing that is trained.
     """
     leaves = trained(attachment)
     before = [leaf.detach().clone() for leaf in leaves]
@@ -111,16 +111,20 @@ def steered(
 def _adjust(
     model: nn.Module, leaves: list[nn.Parameter], batch: Batch, known: Manifolds, steps: int, rate: float
 ) -> list[float]:
-    optimizer, costs = torch.optim.Adam(leaves, lr=rate), []
+    optimizer, costs, best = torch.optim.Adam(leaves, lr=rate), [], [leaf.detach().clone() for leaf in leaves]
     for step in range(steps + 1):
         states = last_states(model, batch)
         cost = torch.stack([plane.apart(states[name]).mean() for name, plane in known.items()]).sum()
         costs.append(float(cost.detach()))
+        if costs[-1] == min(costs):
+            best = [leaf.detach().clone() for leaf in leaves]
         if step < steps:
             slopes = torch.autograd.grad(cost, leaves, allow_unused=True)
             for leaf, slope in zip(leaves, slopes, strict=True):
                 leaf.grad = slope
             optimizer.step()
-    for leaf in leaves:
-        leaf.grad = None
+    with torch.no_grad():
+        for leaf, value in zip(leaves, best, strict=True):
+            leaf.grad = None
+            leaf.copy_(value)
     return costs
