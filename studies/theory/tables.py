@@ -178,10 +178,11 @@ def sharpness(state: State) -> Rows:
 
 
 def placement(state: State) -> Rows:
-    """Return the scores of every way to place under every budget."""
+    """Return the scores of every way to place under every budget, of the seeds of which all are finished."""
     rows, known = [], state.known("placed-")
     for task in state.plan.tasks:
-        texts = {seed: own for seed in state.plan.seeds if (own := known.get(f"{task}-{seed}"))}
+        begun = {seed: own for seed in state.plan.seeds if (own := known.get(f"{task}-{seed}"))}
+        texts = {s: own for s, own in begun.items() if all(state.has(state.plan.placed(t, task, s)) for t in _all(own))}
         for way, budget in (
             (w, b) for w in ("control", "S3Delta", "even", "random") for b in state.plan.placement["budgets"]
         ):
@@ -190,6 +191,10 @@ def placement(state: State) -> Rows:
             if found:
                 rows.append({"task": task, "way": way, "budget": budget, **scored(found)})
     return rows
+
+
+def _all(texts: Mapping[str, Mapping[str, str]]) -> list[str]:
+    return [text for own in texts.values() for text in own.values()]
 
 
 def size(state: State) -> Rows:
