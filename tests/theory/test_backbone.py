@@ -124,6 +124,15 @@ def test_what_reaches_a_step_beside_its_state_is_held_while_its_own_controls_are
     assert losses[-1] < losses[0]
 
 
+def test_what_trained_leaves_pass_between_blocks_is_part_of_what_a_block_reads():
+    """T5's position bias and its encoder's last norm are trained by Full and read by blocks that they do not belong to."""
+    system = dynamics(tiny.t5(), dt.Full())
+    before = {name: leaf.detach().clone() for name, leaf in system.controls.items()}
+    report = control_report(system)
+    assert all(torch.equal(leaf, before[name]) for name, leaf in system.controls.items())
+    assert all((step.violation or 0) > 0 for step in report.steps if not step.name.endswith("embeddings"))
+
+
 def test_near_a_minimum_less_can_be_gained():
     system = dynamics(tiny.llama(), dt.BitFit().at("ffn.down[-1]"))
     early = control_report(system).violation

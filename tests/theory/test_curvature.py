@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deltatune as dt
+from deltatune.theory import curvature
 from deltatune.theory.curvature import Hessian, sharpness
 from deltatune.theory.krylov import conjugate_gradients, lanczos
 from tests import tiny
@@ -114,3 +115,12 @@ def test_nothing_to_bend_is_refused():
             sharpness(attached, batches(model))
     with dt.attach(model, dt.Delta()) as attached, pytest.raises(dt.DeltaTuneError, match="LoRA"):
         sharpness(attached, batches(model))
+
+
+def test_more_vectors_than_memory_should_hold_are_taken_only_when_asked_for(monkeypatch):
+    monkeypatch.setattr(curvature, "KEPT", 1000)
+    model = tiny.llama()
+    with dt.attach(model, dt.BitFit().at("ffn.down")) as attached:
+        with pytest.raises(dt.DeltaTuneError, match=r"21 Lanczos vectors of 96 parameters.*write steps=.*LoRA"):
+            sharpness(attached, batches(model), k=1)
+        assert len(sharpness(attached, batches(model), k=1, steps=4).values) == 1

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import deltatune as dt
-from deltatune.theory.placement import place_by_control
+from deltatune.theory.placement import even_worth, place_by_control, place_by_worth, random_worth
 from tests import tiny
 
 
@@ -71,3 +71,47 @@ def test_a_placed_delta_attaches_on_an_encoder_decoder():
     found = place_by_control(model, dt.LoRA(rank=2).at("{attn.{q,v},cross.{q,v},ffn.{up,down}}"), data, budget=1000)
     with dt.attach(model, found.delta) as attachment:
         assert sum(p.numel() for p in attachment.parameters()) == found.parameters <= 1000
+
+
+ROW = dt.LoRA(rank=1).at("path:blocks.*.{first,second}")
+
+
+def placed(worth: dict[str, float], count: int) -> list[int]:
+    """Which of the plain model's candidates, by their place in order, a budget for `count` of one size buys."""
+    model, names = tiny.plain(), list(worth)
+    each = dt.sites(model, ROW).parameters // len(names)
+    delta, parameters = place_by_worth(model, ROW, worth, count * each)
+    assert parameters == count * each
+    return [i for i, name in enumerate(names) if name.partition(" at ")[2].removeprefix("path:") in str(delta)]
+
+
+def test_an_authority_that_is_known_is_placed_again_under_any_budget():
+    model = tiny.seeded(Lanes)
+    candidates = dt.LoRA(rank=1).at("path:lanes.*")
+    for budget in (12, 24, 36):
+        found = place_by_control(model, candidates, batches(), budget)
+        assert place_by_worth(model, candidates, found.authority, budget) == (found.delta, found.parameters)
+
+
+def test_an_even_worth_spreads_every_budget():
+    worth = even_worth(tiny.plain(), ROW)
+    count = len(worth)
+    assert len(set(worth.values())) == count >= 4
+    for bought in range(1, count + 1):
+        at = placed(worth, bought)
+        gaps = [b - a for a, b in zip([at[-1] - count, *at], at, strict=False)]
+        assert at[0] == 0 and max(gaps) <= 2 * count / bought
+
+
+def test_a_random_worth_depends_on_the_seed_alone():
+    model = tiny.plain()
+    assert random_worth(model, ROW, 1) == random_worth(model, ROW, 1)
+    found = {tuple(placed(random_worth(model, ROW, seed), 1)) for seed in range(20)}
+    assert len(found) > 2
+
+
+def test_a_worth_that_lacks_a_candidate_is_refused():
+    worth = even_worth(tiny.plain(), ROW)
+    worth.pop(next(iter(worth)))
+    with pytest.raises(dt.DeltaTuneError, match=r"there is no worth of 'LoRA\(rank=1\) at "):
+        place_by_worth(tiny.plain(), ROW, worth, 1000)

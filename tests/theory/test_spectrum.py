@@ -31,6 +31,13 @@ def test_a_planted_rank_is_recovered(rank):
     assert f"{rank}.0 at attn.q" in found.finding
 
 
+def test_a_tied_matrix_counts_once_under_the_name_that_has_a_role():
+    model = tiny.t5()  # embeddings of both stacks and head are one parameter, which `shared` owns
+    found = spectra(model, changed(model, "path:shared", matrix(lambda t: low_rank(*t.shape, [2.0, 1.0]))))
+    assert [site.role for site in found.sites] == ["embed"]
+    assert found.sites[0].energy == pytest.approx(5.0, rel=1e-3)
+
+
 def test_ranks_are_those_of_the_formulas():
     site = spectrum(2.0, 1.0, 1.0)
     p = np.array([0.5, 0.25, 0.25])

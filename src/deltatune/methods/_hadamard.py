@@ -9,6 +9,8 @@ from torch import Generator, Tensor
 
 from deltatune.core.leaf import Given, Init, Leaf, Normal, Shape
 
+RADIX = 32  # of the factors: passes over memory cost more than the multiplications of so few numbers
+
 
 @dataclass(frozen=True)
 class Signs(Init):
@@ -27,14 +29,22 @@ class Permutation(Init):
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Return H x along the last dimension [..., n], n a power of 2, H_ij = (-1)^(i . j), in n log n additions."""
-    n, half = x.shape[-1], 1
-    while half < n:
-        pairs = x.unflatten(-1, (n // (2 * half), 2, half))
-        a, b = pairs.unbind(-2)
-        x = torch.stack((a + b, a - b), -2).flatten(-3)
-        half *= 2
+    """Return H x along the last dimension [..., n], n a power of 2, H_ij = (-1)^(i . j), by factors of H that are small products."""
+    n, done = x.shape[-1], 1
+    factor = _sylvester(min(n, RADIX)).to(x)
+    while done < n:  # each product takes the foremost digits of the index and leaves them behind the others
+        size = min(RADIX, n // done)
+        x = (x.unflatten(-1, (size, n // size)).mT @ factor[:size, :size]).flatten(-2)
+        done *= size
     return x
+
+
+def _sylvester(n: int) -> Tensor:
+    """Return H [n, n] = H_2 x ... x H_2 (Kronecker); its first rows and columns are the smaller ones."""
+    H = torch.ones(1, 1)
+    while H.shape[0] < n:
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    return H
 
 
 def fastfood_leaves(size: int, dim: int) -> dict[str, Leaf]:

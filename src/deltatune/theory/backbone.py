@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PretrainedConfig
 
 from deltatune.core.attach import Attachment, edited
@@ -59,22 +60,15 @@ class Cut:
         return (after, *rest) if isinstance(y, tuple) else after
 
     def _again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Tensor]:
-        # What is read beside the state was computed before: running the step again does not change it.
-        args = (*args[:1], *map(_fixed, args[1:]))
-        kwargs = {name: value if name == self.first else _fixed(value) for name, value in kwargs.items()}
+        x = self.reads
+        # What a block is given beside its state has a graph of its own, whose leaves may have moved by the time it runs again.
+        args, kwargs = tree_map_only(Tensor, lambda t: t if t is x else t.detach(), (args, kwargs))
 
         def advance() -> Tensor:
             y = self.module(*args, **kwargs)
             return y[0] if isinstance(y, tuple) else y
 
         return advance
-
-
-def _fixed(value: Any) -> Any:
-    """Return tensors, or tuples of them, without their graphs, and anything else as it is."""
-    if isinstance(value, Tensor):
-        return value.detach()
-    return tuple(map(_fixed, value)) if type(value) is tuple else value
 
 
 class BackboneDynamics(Dynamics):

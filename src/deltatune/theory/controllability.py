@@ -4,13 +4,13 @@
     trace W_j = |J_j|^2    estimated without bias by n / k sum_i |J_j^T v_i|^2 for k random orthonormal directions v_i
     V^T W_j V              the Gramian seen from these directions [k, k], whose eigenvalues are its spectrum here
 
-One backward sweep for each direction, and no matrix of the state's size. (Controllability Gramian: Kalman, 1963; of deltas:
-Ding et al., 2022, section 4.2.)
+One backward sweep for each direction, all of them step by step, so that only one step's slopes are in memory and no matrix of
+the state's size is. (Controllability Gramian: Kalman, 1963; of deltas: Ding et al., 2022, section 4.2.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,19 +69,19 @@ def controllability(
     if not 0 < probes <= seen.numel():
         raise DeltaTuneError(f"{probes} probes of a state of {seen.numel()} numbers; write 1 to {seen.numel()}.")
     directions = _orthonormal(seen.numel(), probes, seed).to(seen)
-    slopes: list[list[Tensor]] = [[] for _ in steps]
+    costates: list[Sequence[Tensor | None]] = []
     for direction in directions:
-        (along,) = torch.autograd.grad(
-            watch(steps[-1].after), steps[-1].after, direction.view_as(seen), retain_graph=True
-        )
-        system.backward(steps, [*[None] * (len(steps) - 1), along])
-        for found, step in zip(slopes, steps, strict=True):
-            found.append(
-                torch.cat([slope.flatten() for slope in step.slope.values()]) if step.slope else seen.new_zeros(1)
-            )
-    return Controllability(
-        tuple(_reach(s, torch.stack(own), seen.numel()) for s, own in zip(steps, slopes, strict=True))
-    )
+        (along,) = torch.autograd.grad(seen, steps[-1].after, direction.view_as(seen), retain_graph=True)
+        costates.append([*[None] * (len(steps) - 1), along])
+    found = []
+    for place in reversed(range(len(steps))):
+        slopes = []
+        for probe in range(probes):
+            costates[probe] = system.pull(steps, place, costates[probe])
+            own = steps[place].slope.values()
+            slopes.append(torch.cat([slope.flatten() for slope in own]) if own else seen.new_zeros(1))
+        found.append(_reach(steps[place], torch.stack(slopes), seen.numel()))
+    return Controllability(tuple(reversed(found)))
 
 
 def _reach(step: Step, slopes: Tensor, size: int) -> Reach:

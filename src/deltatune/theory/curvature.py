@@ -23,6 +23,7 @@ from deltatune.theory.krylov import lanczos
 from deltatune.theory.sides import Batch, Loss, check_some, evaluating, own_loss, trained
 
 STEPS = 20  # Lanczos steps beyond the number of eigenvalues asked for
+KEPT = 2**28  # bytes of Lanczos vectors that are kept without being asked for
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def sharpness(
     """Return the k algebraically largest eigenvalues of the Hessian of the mean loss in an attached delta's leaves.
 
     Each of the `steps` (k + 20) passes over the batches twice as deep as a training step, and keeps one float64 vector
-    of the leaves. Raises `DeltaTuneError` for a delta with nothing to train, and for no batches.
+    of the leaves. Raises `DeltaTuneError` for a delta with nothing to train, for no batches, and where the vectors would take
+    more than 256 MiB, unless `steps` says so.
     """
     product = Hessian(attached, batches, loss)
     if k < 1 or (steps is not None and steps < k):
@@ -110,6 +112,12 @@ def sharpness(
             f"k={k} eigenvalues of {steps} steps cannot be found; write k of 1 or more, and steps above k."
         )
     k = min(k, product.size)
+    kept = 8 * product.size * (k + STEPS)
+    if steps is None and kept > KEPT:
+        raise DeltaTuneError(
+            f"{k + STEPS} Lanczos vectors of {product.size:,} parameters take {kept / 1e9:.2g} GB; write steps=... for fewer, or ask "
+            "of a smaller delta, such as LoRA(rank=8) or BitFit()."
+        )
     pairs = lanczos(product, product.size, steps or k + STEPS, seed)
     g = product.gradient()
     norm = float(g.norm())

@@ -112,18 +112,21 @@ class Dynamics(ABC):
 
     def backward(self, steps: list[Step], costates: Sequence[Tensor | None]) -> None:
         """Give every step its co-state, controls and slope, from what `costates` [one a step] hold of its output already."""
-        starts, costates = [step.after for step in steps], list(costates)
         for place in reversed(range(len(steps))):
-            step, p = steps[place], costates[place]
-            step.p = torch.zeros_like(step.y) if p is None else p
-            through = _gradients(step.y, step.p, [*starts, *self.controls.values()])
-            acting = zip(self.controls.items(), through[len(starts) :], strict=True)
-            step.controls = {name: tensor for (name, tensor), slope in acting if slope is not None}
-            paid = _gradients(-step.cost(step.controls), None, [*starts, *self.controls.values()])
-            slopes = [_sum(a, b) for a, b in zip(through, paid, strict=True)]
-            costates = [_sum(a, b) for a, b in zip(costates, slopes[: len(starts)], strict=True)]
-            own = zip(self.controls, slopes[len(starts) :], strict=True)
-            step.slope = {name: slope for name, slope in own if slope is not None}
+            costates = self.pull(steps, place, costates)
+
+    def pull(self, steps: list[Step], place: int, costates: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Give one step its co-state, controls and slope; return the co-states with what it adds to those of earlier steps."""
+        starts, step, p = [step.after for step in steps], steps[place], costates[place]
+        step.p = torch.zeros_like(step.y) if p is None else p
+        through = _gradients(step.y, step.p, [*starts, *self.controls.values()])
+        acting = zip(self.controls.items(), through[len(starts) :], strict=True)
+        step.controls = {name: tensor for (name, tensor), slope in acting if slope is not None}
+        paid = _gradients(-step.cost(step.controls), None, [*starts, *self.controls.values()])
+        slopes = [_sum(a, b) for a, b in zip(through, paid, strict=True)]
+        own = zip(self.controls, slopes[len(starts) :], strict=True)
+        step.slope = {name: slope for name, slope in own if slope is not None}
+        return [_sum(a, b) for a, b in zip(costates, slopes[: len(starts)], strict=True)]
 
 
 def _gradients(of: Tensor, along: Tensor | None, to: Sequence[Tensor]) -> list[Tensor | None]:

@@ -9,7 +9,7 @@ squared and for each parameter, at fresh weights and on the mean of a few batche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core.attach import attach
-from deltatune.core.delta import Delta, as_delta
+from deltatune.core.delta import Delta, Placement, as_delta, place
 from deltatune.core.method import Method
 from deltatune.errors import DeltaTuneError
 from deltatune.theory.finding import Finding
@@ -76,8 +76,44 @@ def place_by_control(
             for p in placements
         ]
     delta, parameters = fill(candidates, placements, worth, budget)
-    names = [f"{candidates.terms[p.term].method} at {p.site.address}" for p in placements]
-    return Placed(delta, parameters, dict(zip(names, worth, strict=True)))
+    return Placed(delta, parameters, dict(zip(_names(candidates, placements), worth, strict=True)))
+
+
+def place_by_worth(
+    model: nn.Module, candidates: Delta | Method, worth: Mapping[str, float], budget: int
+) -> tuple[Delta, int]:
+    """Return the candidates of most `worth` that fit into a budget, and their trained parameters.
+
+    `worth` names candidates as `Placed.authority` and `Structure.probabilities` do. Raises `DeltaTuneError` when it lacks
+    one, or when none fits.
+    """
+    candidates = as_delta(candidates)
+    placements = place(model, candidates)
+    names = _names(candidates, placements)
+    lacking = [name for name in names if name not in worth]
+    if lacking:
+        raise DeltaTuneError(f"there is no worth of {lacking[0]!r}; give one for each of the {len(names)} candidates.")
+    return fill(candidates, placements, [worth[name] for name in names], budget)
+
+
+def even_worth(model: nn.Module, candidates: Delta | Method) -> dict[str, float]:
+    """Return the worth by which any budget is spread evenly over the candidates in their order (van der Corput, 1935)."""
+    candidates = as_delta(candidates)
+    names = _names(candidates, place(model, candidates))
+    digits = max(len(names) - 1, 1).bit_length()
+    return {name: -float(int(f"{index:0{digits}b}"[::-1], 2)) for index, name in enumerate(names)}
+
+
+def random_worth(model: nn.Module, candidates: Delta | Method, seed: int = 0) -> dict[str, float]:
+    """Return the worth by which a budget goes to candidates at random."""
+    candidates = as_delta(candidates)
+    names = _names(candidates, place(model, candidates))
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    return {name: float(place) for name, place in zip(names, order, strict=True)}
+
+
+def _names(candidates: Delta, placements: Sequence[Placement]) -> list[str]:
+    return [f"{candidates.terms[p.term].method} at {p.site.address}" for p in placements]
 
 
 def _mean_slopes(

@@ -10,8 +10,10 @@ Whether it is affine is tried out, not listed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -21,7 +23,7 @@ from deltatune.core.delta import Delta, Placement, as_delta, place
 from deltatune.core.method import Bag, Method
 from deltatune.core.site import Site
 from deltatune.core.stored import values
-from deltatune.core.weights import Weights, completed, init
+from deltatune.core.weights import Weights, completed, generate, init
 from deltatune.errors import DeltaTuneError
 from deltatune.theory.krylov import conjugate_gradients
 
@@ -33,13 +35,13 @@ AFFINE = 1e-8  # what rounding leaves of the second differences of an affine map
 class Psi:
     """psi of some placements as a map from vectors x [d'] of the trained leaves, from their start on, in float64.
 
-    Only what one placement changes is in memory at a time: J^T J is a sum over placements, which change no parameter
-    in common.
+    Only what the placements of one module change is in memory at a time, and only the leaves of one placement that are
+    drawn from the seed: J^T J is a sum over placements, which change no parameter in common.
     """
 
     def __init__(self, model: nn.Module, weights: Weights, placements: list[Placement], wanted: Changes) -> None:
-        self.model, self.placements, self.wanted = model, placements, wanted
-        self.held = completed(model, weights, place(model, weights.delta))
+        self.model, self.placements, self.wanted, self.seed = model, placements, wanted, weights.seed
+        self.held = completed(model, weights, [_only(p, "delta") for p in placements])
         trained = {p.name(leaf) for p in placements for leaf, declared in p.leaves.items() if declared.trained}
         self.start = {name: _exact(tensor) for name, tensor in self.held.items() if name in trained}
 
@@ -48,11 +50,11 @@ class Psi:
         """The number of leaves' values, d'."""
         return sum(t.numel() for t in self.start.values())
 
-    def moved(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield the change of each wanted parameter, by name, at start + x."""
+    def moved(self, x: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Yield the changes of the wanted parameters at start + x, by name, those of one module together."""
         leaves = self._leaves(x)
-        for placement in self.placements:
-            yield from self._moved(placement, leaves).items()
+        for placements in by_module(self.placements):
+            yield together(self._moved(placement, leaves) for placement in placements)
 
     def aim(self) -> Tensor:
         """Return J^T (wanted - psi(start)) [d'], J the derivative of psi."""
@@ -65,18 +67,21 @@ class Psi:
 
     def check(self, v: Tensor, owners: dict[str, int]) -> None:
         """Raise `DeltaTuneError` unless psi is affine along v [d'], both ways, and no parameter has an owner in another term."""
-        ways = [self._leaves(t * v) for t in (0.0, 1.0, 2.0, -1.0)]
+        start, *ways = [self._leaves(t * v) for t in (0.0, 1.0, 2.0, -1.0)]
         for placement in self.placements:
-            zero, once, twice, back = (self._moved(placement, leaves) for leaves in ways)
-            for name, at in zero.items():
-                step = float((once[name] - at).norm())
-                bent = float((twice[name] - 2 * once[name] + at).norm() + (once[name] + back[name] - 2 * at).norm())
-                if bent > AFFINE * step:
+            at = self._moved(placement, start)
+            step, twice, back = (
+                {name: moved - at[name] for name, moved in self._moved(placement, leaves).items()} for leaves in ways
+            )
+            for name, once in step.items():
+                size = float(once.norm())
+                bent = float((twice[name] - 2 * once).norm() + (once + back[name]).norm())
+                if bent > AFFINE * size:
                     raise DeltaTuneError(
                         f"{placement.method} is not linear in its leaves, so what it can reach is no subspace to project on. "
                         "Ask of LoRA (by its rank), or of a linear family: BitFit, FixedMask, DID, FourierFT."
                     )
-                if step:
+                if size:
                     _own(owners, name, placement)
 
     def _pulled(self, of: Callable[[str, Tensor, Placement], Tensor]) -> Tensor:
@@ -96,14 +101,15 @@ class Psi:
         return torch.cat([t.flatten() for t in found.values()])
 
     def _leaves(self, x: Tensor) -> dict[str, Tensor]:
-        """Return all leaves, the trained ones at start + x."""
+        """Return all leaves that are held, the trained ones at start + x."""
         parts = x.split([t.numel() for t in self.start.values()])
         moved = {name: t + part.view(t.shape) for (name, t), part in zip(self.start.items(), parts, strict=True)}
         return {**self.held, **moved}
 
     def _moved(self, placement: Placement, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the changes of the wanted parameters that one placement makes, in the graph of its leaves."""
-        return {name: d for name, d in self._changes(placement, held).items() if name in self.wanted}
+        drawn = generate(self.model, [_only(placement, "site")], self.seed, "seeded", {})
+        return {name: d for name, d in self._changes(placement, {**drawn, **held}).items() if name in self.wanted}
 
     def _changes(self, placement: Placement, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         site, method = placement.site, placement.method
@@ -111,7 +117,8 @@ class Psi:
         acting: Any = method.computes
         if acting.acts == "tensor":
             places = [(site.path, site.tensor or ""), *site.ties]
-            thetas = {".".join(filter(None, at)): self._theta(*at) for at in places}
+            names = {".".join(filter(None, at)): at for at in places}
+            thetas = {name: self._theta(*at) for name, at in names.items() if name in self.wanted}
             return {name: acting.value(p, theta) - theta for name, theta in thetas.items()}
         found = {}
         if site.kind != "norm":
@@ -142,32 +149,58 @@ def _exact(leaf: Tensor) -> Tensor:
     return leaf.double() if leaf.is_floating_point() else leaf
 
 
-@torch.no_grad()
-def nearest_change(
-    model: nn.Module, family: Family, wanted: Changes, seed: int = 0, evidence: Mapping[str, Any] | None = None
-) -> dict[str, Tensor]:
-    """Return the change nearest to `wanted` that a family can reach, for the parameters of `wanted`.
+def _only(placement: Placement, scope: Literal["site", "delta"]) -> Placement:
+    """Return a placement without its leaves of another scope."""
+    return replace(placement, leaves={n: leaf for n, leaf in placement.leaves.items() if leaf.scope == scope})
 
-    A family is a delta, or weights of one, whose leaves that are not trained (a mask, a subspace) are then those meant.
-    Raises `DeltaTuneError` for a method that changes no weights, for one that is neither a LoRA nor affine in its leaves,
-    and for two terms that change the same parameter.
+
+def by_module(placements: Iterable[Placement]) -> Iterator[list[Placement]]:
+    """Yield the placements of one module after another."""
+    ordered = sorted(placements, key=lambda p: p.site.path)
+    return (list(own) for _, own in groupby(ordered, key=lambda p: p.site.path))
+
+
+def together(changes: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return changes added up by name: the roles that share a stored weight have a part of it each."""
+    found: dict[str, Tensor] = {}
+    for own in changes:
+        for name, change in own.items():
+            found[name] = found[name] + change if name in found else change
+    return found
+
+
+@torch.no_grad()
+def nearest_changes(
+    model: nn.Module, family: Family, wanted: Changes, seed: int = 0, evidence: Mapping[str, Any] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the change nearest to `wanted` that a family can reach, module by module, each parameter once.
+
+    A family is a delta, or weights of one, whose leaves that are not trained (a mask, a subspace) are then those meant. What
+    it does not reach is left out. Raises `DeltaTuneError` for a method that changes no weights, for one that is neither a
+    LoRA nor affine in its leaves, and for two terms that change the same parameter.
     """
     placements = place(model, delta_of(family))
     _check(placements)
-    found = {name: torch.zeros_like(change) for name, change in wanted.items()}
     owners: dict[str, int] = {}
-    for placement in filter(_is_plain_lora, placements):
-        name = f"{placement.site.path}.weight"
-        _own(owners, name, placement)
-        if name in wanted:
-            found[name] += _best(placement, wanted[name])
-    rest = [p for p in placements if not _is_plain_lora(p)]
+    plain, rest = [[p for p in placements if _is_plain_lora(p) is way] for way in (True, False)]
+    for placement in plain:
+        _own(owners, f"{placement.site.path}.weight", placement)
     if rest:
         weights = family if isinstance(family, Weights) else init(family, model, seed, evidence)
         psi = Psi(model, weights, rest, wanted)
         psi.check(torch.randn(psi.size, generator=Generator().manual_seed(seed), dtype=torch.float64), owners)
-        for name, change in psi.moved(conjugate_gradients(psi.gram, psi.aim())):
-            found[name] += change
+        yield from psi.moved(conjugate_gradients(psi.gram, psi.aim()))
+    for own in by_module(plain):
+        yield together(_best(placement, wanted) for placement in own)
+
+
+def nearest_change(
+    model: nn.Module, family: Family, wanted: Changes, seed: int = 0, evidence: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """Return what `nearest_changes` yields in one piece: zero where the family reaches nothing."""
+    found = {name: torch.zeros_like(change) for name, change in wanted.items()}
+    for near in nearest_changes(model, family, wanted, seed, evidence):
+        found |= near
     return found
 
 
@@ -181,11 +214,13 @@ def _is_plain_lora(placement: Placement) -> bool:
     return alone and is_lora(placement.method) and all(leaf.trained for leaf in placement.leaves.values())
 
 
-def _best(placement: Placement, change: Tensor) -> Tensor:
-    """Return the best rank-r part of a stored weight's change."""
-    site, rank = placement.site, placement.leaves["A"].shape[0]
-    U, S, Vt = torch.linalg.svd(site.matrix(change), full_matrices=False)
-    return site.stored((U[:, :rank] * S[:rank]) @ Vt[:rank], torch.zeros_like(change))
+def _best(placement: Placement, wanted: Changes) -> dict[str, Tensor]:
+    """Return the best rank-r part of the change of a stored weight, if it is wanted."""
+    site, rank, name = placement.site, placement.leaves["A"].shape[0], f"{placement.site.path}.weight"
+    if name not in wanted:
+        return {}
+    U, S, Vt = torch.linalg.svd(site.matrix(wanted[name]), full_matrices=False)
+    return {name: site.stored((U[:, :rank] * S[:rank]) @ Vt[:rank], torch.zeros_like(wanted[name]))}
 
 
 def _own(owners: dict[str, int], name: str, placement: Placement) -> None:

@@ -22,7 +22,7 @@ from deltatune.core.delta import sites
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
 from deltatune.theory.finding import Finding
-from deltatune.theory.reach import Changes, Family, delta_of, nearest_change
+from deltatune.theory.reach import Changes, Family, delta_of, nearest_changes
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,17 @@ def residuals(
 
     A family is a delta, `LoRA(rank=8)`, `BitFit()`, `FixedMask(share=0.01)` or `DID(dim=1000)` at its wheres, with `seed` and
     `evidence` as in `init`; or weights of one, whose mask or subspace is then meant. Takes two float64 copies of the
-    parameters that change. Raises `DeltaTuneError` as `nearest_change` does.
+    parameters that change. Raises `DeltaTuneError` as `nearest_changes` does.
     """
     wanted = once(model, changes(model, tuned, check))
     if not any(map(torch.any, wanted.values())):
         raise DeltaTuneError(f"{tuned.delta} changes no weight of the backbone as it stands; train it first.")
     found = []
     for family in families:
-        near = nearest_change(model, family, wanted, seed, evidence)
-        norms = {name: float((change - near[name]).norm()) for name, change in wanted.items()}
         totals = {name: float(change.norm()) for name, change in wanted.items()}
+        norms = dict(totals)
+        for near in nearest_changes(model, family, wanted, seed, evidence):
+            norms |= {name: float((wanted[name] - change).norm()) for name, change in near.items()}
         delta = delta_of(family)
         found.append(Residual(str(delta), norms, totals, sites(model, delta).parameters))
     return found

@@ -26,6 +26,7 @@ from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
 from deltatune.methods.specification.full import Full
 from deltatune.theory.finding import Finding
+from deltatune.theory.residual import owners
 from deltatune.theory.sides import Batch, Loss, check_some, evaluating, own_loss
 
 MATRICES = ("linear", "embedding", "conv")
@@ -121,12 +122,17 @@ def spectra_of(model: nn.Module, changed: Mapping[str, Tensor], of: str = Spectr
 
 
 def spectra(model: nn.Module, weights: Weights, check: bool = True) -> Spectra:
-    """Return the spectra of what `weights` do to the backbone's matrices, W' - W in float64.
+    """Return the spectra of what `weights` do to the backbone's matrices, W' - W in float64, tied ones once.
 
     Raises `DeltaTuneError` for a delta that is no change of weights: `theory.function_gap` compares its outputs instead.
     """
     check_mergeable(weights)
-    return spectra_of(model, changes(model, weights, check))
+    changed = changes(model, weights, check)
+    names: dict[str, str] = {}
+    for name, first in owners(model, changed).items():
+        if first not in names or not _is_known(model, names[first]):  # of the names of one value, that which has a role
+            names[first] = name
+    return spectra_of(model, {name: changed[name] for name in names.values()})
 
 
 def gradient_spectra(model: nn.Module, where: str, batches: Iterable[Batch], loss: Loss = own_loss) -> Spectra:
@@ -144,6 +150,10 @@ def gradient_spectra(model: nn.Module, where: str, batches: Iterable[Batch], los
         values = dict(attached.named_parameters())
         found = {f"{p.site.path}.{p.site.tensor}": values[p.name("value")].grad for p in attached.placements}
     return spectra_of(model, {n: g for n, g in found.items() if g is not None}, f"the gradient of {count} batches")
+
+
+def _is_known(model: nn.Module, name: str) -> bool:
+    return any(place.path == name.rpartition(".")[0] for place in anatomy(model).places)
 
 
 def check_mergeable(weights: Weights) -> None:
