@@ -24,6 +24,7 @@ from deltatune.errors import DeltaTuneError
 from deltatune.theory.backbone import BackboneDynamics
 from deltatune.theory.dynamics import Step
 from deltatune.theory.finding import Finding
+from deltatune.theory.sides import restored
 
 
 @dataclass(frozen=True)
@@ -98,20 +99,15 @@ def violation(step: Step, radius: float, ascents: int) -> float:
     if not step.controls or step.advance is None:
         return 0.0
     controls = list(step.controls.values())
-    before = [tensor.detach().clone() for tensor in controls]
-    reach = radius * max(_norm(before), 1e-3)
     values = []
-    try:
+    with restored(controls) as before:
+        reach = radius * max(_norm(before), 1e-3)
         for ascent in range(ascents + 1):
             value = step.hamiltonian()
             values.append(float(value.detach()))
             if ascent < ascents:
                 slopes = torch.autograd.grad(value, controls, allow_unused=True)
                 _ascend(controls, slopes, reach / ascents)
-    finally:
-        with torch.no_grad():
-            for tensor, old in zip(controls, before, strict=True):
-                tensor.copy_(old)
     return max(values) - values[0]
 
 

@@ -25,6 +25,7 @@ from deltatune.core.leaves import tensors_of
 from deltatune.core.site import Site
 from deltatune.core.stored import Values
 from deltatune.core.walk import submodule
+from deltatune.theory.sides import restored
 
 Loop = Literal["open", "linear", "nonlinear"]
 Added = tuple[int, Callable[[Tensor], Tensor]]
@@ -65,14 +66,11 @@ def loop_of(attachment: Attachment, placement: Placement) -> Loop:
 def _moved(attachment: Attachment, placement: Placement) -> Iterator[Any]:
     """The scope in which the method's trained leaves are moved; its tensors in double precision."""
     tensors, generator = tensors_of(placement, attachment.leaves), torch.Generator().manual_seed(1)
-    kept = {tensor: tensor.detach().clone() for tensor in tensors.live().values() if tensor.is_floating_point()}
-    try:
-        for tensor in kept:
+    moved = [tensor for tensor in tensors.live().values() if tensor.is_floating_point()]
+    with restored(moved):
+        for tensor in moved:
             tensor += 0.1 * torch.randn(tensor.shape, generator=generator) if tensor.requires_grad else 0
         yield tensors(torch.float64)
-    finally:
-        for tensor, before in kept.items():
-            tensor.copy_(before)
 
 
 def _linear(method: Any, site: Site, p: Any, module: nn.Module) -> Added:

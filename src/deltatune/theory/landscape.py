@@ -22,7 +22,7 @@ from deltatune.core.delta import place
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
 from deltatune.theory.finding import Finding
-from deltatune.theory.sides import Batch, Loss, check_some, evaluating, mean_loss, own_loss
+from deltatune.theory.sides import Batch, Loss, check_some, evaluating, mean_loss, own_loss, restored
 from deltatune.theory.spectrum import check_mergeable
 
 Line = Mapping[str, tuple[Tensor, Tensor]]  # a trained leaf's name -> its value at both ends
@@ -175,12 +175,9 @@ def plane(
 @contextmanager
 def kept(attached: Attachment) -> Iterator[dict[str, Tensor]]:
     """The scope after which the trained leaves are as before, bit for bit; yields their values."""
-    start = {name: p.detach().clone() for name, p in attached.named_parameters()}
-    try:
-        yield start
-    finally:
-        for name, parameter in attached.named_parameters():
-            parameter.data.copy_(start[name])
+    named = dict(attached.named_parameters())
+    with restored(list(named.values())) as start:
+        yield dict(zip(named, start, strict=True))
 
 
 @torch.no_grad()

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from deltatune.core.attach import Attachment
 from deltatune.core.site import anatomy
 from deltatune.errors import DeltaTuneError
-from deltatune.theory.sides import Batch, check_some, evaluating, trained
+from deltatune.theory.sides import Batch, check_some, evaluating, restored, trained
 from deltatune.theory.watch import watching
+from deltatune.tuning.loop import put
 
 SHARE = 0.9
 
@@ -98,13 +99,8 @@ def steered(
     `DeltaTuneError` when the delta has nothing that is trained.
     """
     leaves = trained(attachment)
-    before = [leaf.detach().clone() for leaf in leaves]
-    try:
+    with restored(leaves):
         yield _adjust(attachment.model, leaves, batch, known, steps, rate)
-    finally:
-        with torch.no_grad():
-            for leaf, old in zip(leaves, before, strict=True):
-                leaf.copy_(old)
 
 
 @torch.enable_grad()
@@ -123,8 +119,6 @@ def _adjust(
             for leaf, slope in zip(leaves, slopes, strict=True):
                 leaf.grad = slope
             optimizer.step()
-    with torch.no_grad():
-        for leaf, value in zip(leaves, best, strict=True):
-            leaf.grad = None
-            leaf.copy_(value)
+    optimizer.zero_grad()
+    put(leaves, best)
     return costs

@@ -6,7 +6,7 @@ time of the measurement, or another model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from deltatune.core.site import anatomy
 from deltatune.core.weights import Weights
 from deltatune.errors import DeltaTuneError
 from deltatune.tuning.encode import IGNORED
+from deltatune.tuning.loop import put
 
 Batch = Mapping[str, Any]
 Loss = Callable[[Any], Tensor]
@@ -118,3 +119,13 @@ def answering(model: nn.Module, batch: Batch, shape: torch.Size) -> Tensor:
     if len(stacks) == 1 and stacks[0].causal:  # a causal model scores the next token
         wanted = torch.cat([wanted[:, 1:], torch.zeros_like(wanted[:, :1])], 1)
     return wanted
+
+
+@contextmanager
+def restored(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The scope in which tensors may be moved in place; yields their values before it, which they have again after it."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield before
+    finally:
+        put(tensors, before)

@@ -275,8 +275,7 @@ def write_predictions(path: Path, examples: Sequence[Example], predictions: Sequ
 
 def claim(run: Run, folder: Path) -> None:
     """Write `run.json`, or raise when the folder belongs to another run."""
-    path = folder / RUN
-    content = run.record()
+    path, content = folder / RUN, run.record()
     if not path.exists():
         write_json(path, content)
         return
