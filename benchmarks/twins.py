@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import deltatune as dt
 from benchmarks.shape import LlamaShape
 from benchmarks.training import Contestant, training
 from deltatune.backbones.lean import make_lean
-from deltatune.tuning.loss import make_loss
+from deltatune.tuning.compiled import training_loss
 
 EVERY_LINEAR = "{attn.{q,k,v,o},ffn.{gate,up,down}}"
 PEFT_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -74,20 +75,21 @@ def with_delta(model: nn.Module, ids: Tensor, delta: Any) -> Contestant:
     return training(model, ids, dt.attach(model, delta).parameters(), str(delta))
 
 
-def with_tune(model: nn.Module, ids: Tensor, delta: Any) -> Contestant:
+def with_tune(model: nn.Module, ids: Tensor, delta: Any, compiler: str = "none") -> Contestant:
     """Train a delta as the loop of `tune` does: on the lean backbone, with the loss of the labels that count."""
     make_lean(model)
     attachment, batch = dt.attach(model, delta), {"input_ids": ids, "labels": ids}
-    loss = make_loss(model, {name: given[:2] for name, given in batch.items()})
+    loss = training_loss(model, {name: given[:2] for name, given in batch.items()}, compiler)
     return Contestant(lambda: loss(batch), list(attachment.parameters()), model, str(delta))
 
 
-def with_peft(model: nn.Module, ids: Tensor, config: Any) -> Contestant:
+def with_peft(model: nn.Module, ids: Tensor, config: Any, compiler: str = "none") -> Contestant:
     """Train the same with peft."""
     from peft import get_peft_model
 
-    wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
-    return training(wrapped, ids, (p for p in wrapped.parameters() if p.requires_grad))
+    wrapped: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+    called = wrapped if compiler == "none" else torch.compile(wrapped, backend=compiler)
+    return training(called, ids, (p for p in wrapped.parameters() if p.requires_grad))
 
 
 def plain_full(shape: LlamaShape, ids: Tensor) -> Contestant:

@@ -73,6 +73,16 @@ def check_step(result: dict[str, Any]) -> None:
         assert pair["saved_ratio"] <= 1 or pair["over"] == "adapters"  # which has another version of the backbone
 
 
+def check_compiled(result: dict[str, Any]) -> None:
+    rows = {row["label"]: row for row in result["rows"]}
+    assert list(rows) == [
+        "frozen-backbone limit",
+        *(f"{who} LoRA{how}" for how in ("", " compiled") for who in ("tune", "peft")),
+    ]
+    assert all(row["first_seconds"] > 0 and sound(row["ratio"]) for row in rows.values())
+    assert rows["tune LoRA compiled"]["first_seconds"] > rows["tune LoRA"]["first_seconds"], "the first step compiles"
+
+
 def check_end_to_end(result: dict[str, Any]) -> None:
     assert set(result) == COMMON | {"rows", "pairs"}
     assert len(result["rows"]) == 3 * result["rounds"]
@@ -125,6 +135,7 @@ def check_ledger(result: dict[str, Any]) -> None:
 
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "attach": check_attach,
+    "compiled": check_compiled,
     "growth": check_growth,
     "imports": check_imports,
     "end_to_end": check_end_to_end,

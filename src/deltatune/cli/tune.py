@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deltatune.tuning.recipe import OPTIMIZERS, PRECISIONS, SCHEDULES, Recipe
+from deltatune.tuning.recipe import COMPILERS, OPTIMIZERS, PRECISIONS, SCHEDULES, Recipe
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -69,6 +70,10 @@ Cache = Annotated[
     ),
 ]
 OnDisk = Annotated[bool, _option("Keep the cache in the run's folder, on disk, instead of in memory.", MORE)]
+Compiler = Annotated[
+    str,
+    _option(f"What compiles the backbone with its delta, which pays on a GPU: {', '.join(COMPILERS)}.", MORE),
+]
 Test = Annotated[bool, _option("Score the test split at the end; without it the run is judged on dev alone.", MORE)]
 Budget = Annotated[
     str, _option("Most memory to use, such as 2GB: as many blocks are recomputed as that takes; 0 sets no limit.", MORE)
@@ -103,6 +108,7 @@ def tune(
     checkpoint_every: CheckpointEvery = Recipe.checkpoint_every,
     dropout: Dropout = Recipe.dropout,
     test: Test = Recipe.test,
+    compiler: Compiler = Recipe.compiler,
     cache: Cache = "1GB",
     cache_on_disk: OnDisk = False,
     memory_budget: Budget = "0",
@@ -113,8 +119,7 @@ def tune(
 
     Stop it with Ctrl-C, or in any other way: the same command continues where the last checkpoint was.
     """
-    given = locals()
-    run, bound = _asked(given)
+    run, bound = _asked(locals())
     _show(run, out or Path("runs") / f"{Path(task).name}-{run.id}", bound, memory_budget)
 
 
@@ -124,7 +129,7 @@ def _asked(given: dict[str, Any]) -> tuple[Run, Bound]:
     from deltatune.tuning.cache import Bound
     from deltatune.tuning.memory import size
 
-    recipe = Recipe(**{name: given[name] for name in Recipe().to_json()})
+    recipe = Recipe(**{item.name: given[item.name] for item in dataclasses.fields(Recipe)})
     start = None if given["start"] is None else str(given["start"])
     run = Run(given["delta"], given["backbone"], given["task"], recipe, given["seed"], start)
     return run, Bound(size(given["cache"]), given["cache_on_disk"])

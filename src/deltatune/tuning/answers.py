@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deltatune.errors import DeltaTuneError
+from deltatune.files import write_text
 from deltatune.tasks import Example, Prompt, Task, score
 from deltatune.tuning.encode import Codec, Ids, Row
 from deltatune.tuning.generate import generate
@@ -71,3 +74,12 @@ def majority(task: Task, examples: Sequence[Example]) -> float | None:
     targets = [example.target for example in examples]
     commonest = max(dict.fromkeys(targets), key=targets.count)
     return score(task.metric, [commonest] * len(targets), examples)
+
+
+def write_predictions(path: Path, examples: Sequence[Example], predictions: Sequence[str]) -> None:
+    """Write one JSON line for each example: id, prediction, target."""
+    lines = [
+        json.dumps({"id": example.id, "prediction": prediction, "target": example.target}, ensure_ascii=False)
+        for example, prediction in zip(examples, predictions, strict=True)
+    ]
+    write_text(path, "\n".join(lines) + "\n")

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from deltatune.errors import DeltaTuneError
-from deltatune.tuning.ledger import Ledger
+from deltatune.tuning.recipe import Recipe
+
+if TYPE_CHECKING:
+    from deltatune.tuning.ledger import Ledger
+
+
+def plannable(recipe: Recipe, budget: int | None) -> bool:
+    """Whether a run can be planned; raises `DeltaTuneError` where it cannot and has a budget, in bytes."""
+    if recipe.compiler == "none":
+        return True
+    if budget:
+        raise DeltaTuneError(
+            f"a memory budget cannot be kept with compiler {recipe.compiler!r}, which decides by itself what to keep and what to "
+            "recompute. Write compiler = 'none', or no budget."
+        )
+    return False
 
 
 def within(budget: int, planned: Callable[[Sequence[str]], Ledger]) -> Ledger:

@@ -187,6 +187,8 @@ def frozen_cache(model: Any, data: Data, recipe: Recipe, bound: Bound, folder: P
     """Return a cache for a run, or say why there is none: it is used only where it changes nothing and spares something."""
     if not bound.bytes:
         return NoCache("no room is given to it")
+    if recipe.compiler != "none":
+        return NoCache("what is compiled is computed as a whole")
     if recipe.dropout:
         return NoCache("dropout is on, so that no block puts out the same twice")
     if recipe.steps <= len(data.groups):

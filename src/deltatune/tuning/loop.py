@@ -33,8 +33,9 @@ from deltatune.tuning.checkpoint import (
     unpack_random,
     write_checkpoint,
 )
+from deltatune.tuning.compiled import training_loss
 from deltatune.tuning.encode import Row, batches, collate, epoch_order, sizes_of
-from deltatune.tuning.loss import Loss, make_loss
+from deltatune.tuning.loss import Loss
 from deltatune.tuning.memory import Peak, in_use
 from deltatune.tuning.optim import learning_rate, make_optimizer
 from deltatune.tuning.precision import computes_in
@@ -130,7 +131,7 @@ class Loop:
         first = epoch_order(sizes_of(self.rows), self.recipe.batch, self.seed, 0)
         data = Data(self.rows, first, self.batch)
         self.model.eval()  # what is tried draws no random numbers, which a continued run would miss
-        self.loss = make_loss(self.model, data.batch(data.probe))
+        self.loss = training_loss(self.model, data.batch(data.probe), self.recipe.compiler)
         self.cache = frozen_cache(self.model, data, self.recipe, self.bound, self.folder)
 
     def batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:

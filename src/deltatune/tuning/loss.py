@@ -187,15 +187,15 @@ class TokenLoss:
         return cross_entropy(logits, labels) if chunks.loss is None else chunks.loss
 
 
-def make_loss(model: Any, batch: Batch) -> Loss:
-    """Return the cheapest loss that is the model's own on this batch of two rows."""
+def make_loss(model: Any, batch: Batch, inside: bool = True) -> Loss:
+    """Return the cheapest loss that is the model's own on this batch of two rows, with ports `inside` the last block or not."""
     with torch.no_grad():
         found = read_loss(model, batch)
         if found is None:
             return OwnLoss(model)
         reading, plain = found
         close = max(torch.finfo(y.dtype).eps for y in (plain.logits, plain.loss)) ** 0.5
-        for one in (reading, replace(reading, ffn=None)):
+        for one in (reading, replace(reading, ffn=None))[not inside :]:
             loss = TokenLoss(model, one)
             if torch.isclose(loss(batch).to(plain.loss.dtype), plain.loss, rtol=close, atol=close):
                 return loss

@@ -53,6 +53,8 @@ def _check(runs: Sequence[Run]) -> None:
             raise DeltaTuneError(f"runs that train together share one {name}; found {', '.join(sorted(values))}.")
     if any(run.start is not None for run in runs):
         raise DeltaTuneError("a run that starts on an earlier delta trains alone; give it to `tune`.")
+    if any(run.recipe.compiler != "none" for run in runs):
+        raise DeltaTuneError("runs that train together are not compiled; write compiler = 'none'.")
     if any(run.recipe.dropout for run in runs):
         raise DeltaTuneError("runs that train together would share the backbone's dropout; write dropout = false.")
     if len({run.id for run in runs}) < len(runs):

@@ -17,6 +17,7 @@ from deltatune.errors import DeltaTuneError, nearest
 OPTIMIZERS = ("adamw", "adafactor", "sgd")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16", "int8")
+COMPILERS = ("none", "inductor", "aot_eager")
 TERMS = "terms"  # in a record, beside the delta's text
 
 Value = TypeVar("Value", bound="Recipe | Run")
@@ -28,7 +29,7 @@ class Recipe:
 
     Lengths are in tokens, `warmup` is the share of the steps in which the learning rate rises from 0, and 0 switches
     `clip`, `eval_every`, `patience`, `dev_limit`, `test_limit`, `checkpoint_every` and `shots` off. Without `test` the run
-    is judged on dev alone and never reads the test split.
+    is judged on dev alone and never reads the test split. A `compiler` of torch's changes numbers by rounding.
     """
 
     steps: int = 300
@@ -51,6 +52,7 @@ class Recipe:
     shots: int = 0
     dropout: bool = False
     test: bool = True
+    compiler: str = field(default="none", metadata={"options": COMPILERS, "later": True})
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -69,8 +71,13 @@ class Recipe:
             raise DeltaTuneError(f"recipe: warmup is {self.warmup:g}; it is a share of the steps, write 0 to 1.")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain values that JSON and TOML can hold."""
-        return dataclasses.asdict(self)
+        """Return the fields as plain values that JSON and TOML can hold.
+
+        Fields that recipes did not always have are left out at their default, so that runs of before keep their names.
+        """
+        later = {item.name: item.default for item in dataclasses.fields(self) if "later" in item.metadata}
+        own = dataclasses.asdict(self).items()
+        return {name: value for name, value in own if name not in later or value != later[name]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
@@ -118,7 +125,8 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain values, without a start where there is none."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "start" or value is not None}
+        fields = {**vars(self), "recipe": self.recipe.to_json()}
+        return {item.name: fields[item.name] for item in dataclasses.fields(self) if fields[item.name] is not None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Run:

@@ -19,10 +19,11 @@ from deltatune.core.evidence import MEASURED, evidence, needs
 from deltatune.core.recompute import recompute
 from deltatune.core.route import Pool
 from deltatune.errors import DeltaTuneError
-from deltatune.files import read_json, write_json, write_text
+from deltatune.files import read_json, write_json
 from deltatune.tasks import Example, score, task
 from deltatune.tuning import heap
-from deltatune.tuning.answers import Questions, answer, majority, make_questions, make_rows
+from deltatune.tuning.answers import Questions, answer, majority, make_questions, make_rows, write_predictions
+from deltatune.tuning.budget import plannable
 from deltatune.tuning.cache import Bound
 from deltatune.tuning.checkpoint import remove_checkpoint
 from deltatune.tuning.encode import Codec, collate
@@ -55,6 +56,7 @@ def tune(
     when the folder holds another run, or when the budget cannot be kept.
     """
     folder = Path(folder)
+    planned = plannable(run.recipe, memory_budget)
     claim(run, folder)
     found = finished(folder)
     if found is not None:
@@ -63,7 +65,7 @@ def tune(
     try:
         session = Session(run, folder, Session.load(run), started=started)
         loop = session.loop(on_step, Bound(0) if memory_budget else cache)
-        if loop and memory_budget is not None:
+        if loop and memory_budget is not None and planned:
             session.plan(loop, memory_budget)
         result = session.result(loop.run() if loop else session.untrained())
     except Exception as error:
@@ -262,15 +264,6 @@ class Session:
     def _answer(self, examples: list[Example]) -> list[str]:
         with self.scope():
             return answer(self.backbone, make_questions(self.codec, self.task, examples), self.codec, self.recipe)
-
-
-def write_predictions(path: Path, examples: Sequence[Example], predictions: Sequence[str]) -> None:
-    """Write one JSON line for each example: id, prediction, target."""
-    lines = [
-        json.dumps({"id": example.id, "prediction": prediction, "target": example.target}, ensure_ascii=False)
-        for example, prediction in zip(examples, predictions, strict=True)
-    ]
-    write_text(path, "\n".join(lines) + "\n")
 
 
 def claim(run: Run, folder: Path) -> None:

@@ -11,11 +11,11 @@ from deltatune.errors import DeltaTuneError
 from deltatune.files import read_json
 from deltatune.tasks import Example, score
 from deltatune.tasks import task as find_task
-from deltatune.tuning.answers import answer, free_questions, majority, make_questions
+from deltatune.tuning.answers import answer, free_questions, majority, make_questions, write_predictions
 from deltatune.tuning.encode import Codec
 from deltatune.tuning.precision import load_for
 from deltatune.tuning.recipe import Recipe, Run
-from deltatune.tuning.run import RUN, write_predictions
+from deltatune.tuning.run import RUN
 
 
 @dataclass(frozen=True)
