@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,9 +13,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deltatune as dt
+from deltatune.core.recompute import recompute
+from deltatune.core.site import anatomy
 from deltatune.tuning import loss as losses
+from deltatune.tuning import tokens
 from deltatune.tuning.encode import IGNORED
 from deltatune.tuning.loss import TokenLoss, cross_entropy, make_loss
+from deltatune.tuning.widths import Widths
 from tests import tiny
 from tests.laws.cases import busy
 
@@ -154,3 +161,112 @@ def test_cross_entropy_is_the_mean_over_what_counts() -> None:
     p = logits.float().softmax(-1)
     expected = -torch.stack([p[0, 0, 1], p[0, 2, 4], p[1, 2, 0]]).log().mean()
     torch.testing.assert_close(cross_entropy(logits, labels), expected)
+
+
+def padded(name: str, delta: Any) -> tuple[Any, Any, dict[str, Tensor]]:
+    """A model, a delta on it, and two rows of 24 and 4 tokens."""
+    model, attachment, _ = prepared(name, delta)
+    ids = torch.randint(3, tiny.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(24) < torch.tensor([[24], [4]])
+    labels = torch.where(mask & (torch.arange(24) % 3 != 0), ids, IGNORED)
+    return model, attachment, {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+
+
+@contextmanager
+def seen(model: Any) -> Iterator[list[int]]:
+    """How many tokens come to the first feed-forward layer of the stack that reads the input, at each of its calls."""
+    parts, counts = anatomy(model), []
+    up = next(p for p in parts.places if p.role == "ffn.up" and (p.stack, p.layer) == (parts.stacks[0].name, 0))
+    module = model.get_submodule(up.path)
+    hook = module.register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[:-1].numel()))
+    try:
+        yield counts
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mixtral"])
+@pytest.mark.parametrize("totals", [(), (32,)])
+def test_feed_forward_layers_see_no_padding(
+    name: str, totals: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "FEW", 1)
+    model, attachment, batch = padded(name, dt.LoRA(rank=2).at("{attn.{q,v},ffn.down?}") + dt.Adapter(size=4))
+    found = make_loss(model, batch, widths=Widths(tokens=totals))
+    parameters = list(attachment.parameters())
+    with seen(model) as counts:
+        results = [(value, torch.autograd.grad(value, parameters)) for value in (found(batch), reference(model, batch))]
+    assert counts == [totals[0] if totals else 28, 48]
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_without_padding_nothing_is_left_out(name: str) -> None:
+    model, _, batch = padded(name, dt.LoRA(rank=2))
+    found, short = make_loss(model, batch), {key: value[:1] for key, value in batch.items()}
+    with seen(model) as counts:
+        for one in (batch, short):  # twenty tokens of padding are not worth it
+            found(one)
+    assert counts == [48, 24]
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+@pytest.mark.parametrize(
+    "delta", [dt.AtPositions(dt.LoReFT(rank=2), first=2).at("ffn.down"), dt.PromptTuning(length=3)], ids=str
+)
+def test_where_places_count_every_token_is_seen(name: str, delta: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "FEW", 1)
+    model, _, batch = padded(name, delta)
+    found = make_loss(model, batch)
+    with seen(model) as counts:
+        values = found(batch).double(), model(**batch).loss.double()
+    assert counts[: len(counts) // 2] == counts[len(counts) // 2 :]
+    torch.testing.assert_close(*values, rtol=1e-6, atol=1e-6)
+
+
+def test_a_recomputed_block_sees_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "FEW", 1)
+    model, attachment, batch = padded("llama", dt.LoRA(rank=2))
+    expected = torch.autograd.grad(model(**batch).loss, list(attachment.parameters()))
+    recompute(attachment, ["model.layers.0"])
+    with seen(model) as counts:
+        found = torch.autograd.grad(make_loss(model, batch)(batch), list(attachment.parameters()))
+    assert set(counts) == {48}
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def kept(loss: Callable[[], Tensor]) -> int:
+    """How many bytes a forward pass keeps for its backward pass, each storage once."""
+    sizes: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        alive.append(tensor)
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss()
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_what_is_left_out_is_not_kept_either(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "FEW", 1)
+    model, _, batch = padded(name, dt.LoRA(rank=2).at("{attn.{q,v},ffn.{gate?,up,down}}"))
+    found = make_loss(model, batch)
+    assert isinstance(found, TokenLoss)
+    whole = dataclasses.replace(found, reading=dataclasses.replace(found.reading, others=()))
+    spared = [ours.numel() for ours in (batch["attention_mask"], batch["attention_mask"].nonzero()[:, 0])]
+    layers = len(found.reading.others)
+    # what a layer keeps at least: the halves of the product or what goes into the activation, in float64
+    assert kept(lambda: whole(batch)) - kept(lambda: found(batch)) >= layers * (spared[0] - spared[1]) * tiny.FFN * 8
+
+
+def test_tokens_that_are_taken_and_spread_have_second_derivatives() -> None:
+    x, index = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.tensor([3, 0])
+
+    def f(x: Tensor) -> Tensor:
+        return tokens.Spread.apply(tokens.Taken.apply(x, index).sin(), index, x.shape)  # type: ignore[return-value]
+
+    assert torch.autograd.gradcheck(f, (x,)) and torch.autograd.gradgradcheck(f, (x,))

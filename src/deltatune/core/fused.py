@@ -119,11 +119,21 @@ class Remade(Function):
         """Return the output."""
         raise NotImplementedError
 
+    @classmethod
+    def maker(cls, ctx: Any) -> Make | None:
+        """Return what makes the output again, or None where an input that it needs cannot be."""
+        return lambda: cls.again(ctx)
+
+
+def maker_of(ctx: Any, number: int = 0) -> Make | None:
+    """Return what makes an input of a function again, or None where nothing does."""
+    return _maker(ctx.next_functions[number][0])
+
 
 def _maker(node: Any) -> Make | None:
     if isinstance(node, BackwardCFunction):
         made: Any = node._forward_cls  # type: ignore[attr-defined]
-        return (lambda: made.again(node)) if issubclass(made, Remade) else None
+        return made.maker(node) if issubclass(made, Remade) else None
     known = None if node is None else _MAKERS.get(node.name())
     return None if known is None else known(node)
 

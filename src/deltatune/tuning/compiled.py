@@ -19,6 +19,7 @@ from deltatune.core.ports import Edit
 from deltatune.core.site import anatomy
 from deltatune.errors import DeltaTuneError
 from deltatune.tuning.loss import Batch, Loss, OwnLoss, make_loss
+from deltatune.tuning.widths import EXACT, Widths
 
 
 class Compiled:
@@ -59,10 +60,10 @@ class CompiledLoss:
             return self.loss(batch)
 
 
-def training_loss(model: Any, batch: Batch, compiler: str = "none") -> Loss:
+def training_loss(model: Any, batch: Batch, compiler: str = "none", widths: Widths = EXACT) -> Loss:
     """Return the cheapest loss that is the model's own on this batch of two rows, its stacks compiled unless `compiler` is none."""
     if compiler == "none":
-        return make_loss(model, batch)
+        return make_loss(model, batch, widths=widths)
     torch.compiler.reset()  # what an earlier run compiled counts against the few forms that torch keeps of a function
     paths = dict.fromkeys(stack.path.rpartition(".")[0] for stack in anatomy(model).stacks)
     whole = not all(paths)  # where nothing is known of the model, or it is the stack itself

@@ -131,7 +131,7 @@ class Loop:
         first = epoch_order(sizes_of(self.rows), self.recipe.batch, self.seed, 0)
         data = Data(self.rows, first, self.batch)
         self.model.eval()  # what is tried draws no random numbers, which a continued run would miss
-        self.loss = training_loss(self.model, data.batch(data.probe), self.recipe.compiler)
+        self.loss = training_loss(self.model, data.batch(data.probe), self.recipe.compiler, self.widths)
         self.cache = frozen_cache(self.model, data, self.recipe, self.bound, self.folder)
 
     def batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:

@@ -3,9 +3,9 @@
     loss = mean over the labels that count of -log softmax(h W^T + b)[label]
 
 Behind the last attention every token is on its own, so the last feed-forward layer and the head see those tokens only
-whose labels count. Where the head is a frozen linear layer without a delta, and what it puts out are the logits, product
-and loss are computed in chunks of tokens together with the gradient of h, so that all logits are never there at once.
-What holds for a backbone shows on two rows; where nothing does, its own loss is taken.
+whose labels count; the others see no padding. Where the head is a frozen linear layer without a delta, and what it puts out
+are the logits, product and loss are computed in chunks of tokens together with the gradient of h, so that all logits are
+never there at once. What holds for a backbone shows on two rows; where nothing does, its own loss is taken.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from torch.nn import functional as F
 
 from deltatune.core.attach import attachments, edited
 from deltatune.core.calls import Ports, run
-from deltatune.core.ports import PORTS, Call, Edit
-from deltatune.core.site import anatomy
+from deltatune.core.ports import PORTS, Edit
+from deltatune.core.site import Anatomy, Place, anatomy
 from deltatune.core.stored import storage
 from deltatune.tuning.encode import IGNORED
+from deltatune.tuning.tokens import Tokens, present
+from deltatune.tuning.widths import EXACT, Widths
 
 CHUNK = 1 << 24  # logits that are there at once: 64 MiB in float32
 
 Batch = dict[str, Tensor]
 Asked = Callable[[Tensor], tuple[Tensor, Tensor]]
 Loss = Callable[[Batch], Tensor]
+Ends = tuple[nn.Module, nn.Module]  # the modules at which a feed-forward layer begins and ends
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -62,33 +65,6 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         return gradient * (slope / ctx.tokens).to(gradient.dtype), None, None, None
-
-
-class Tokens:
-    """Some tokens of a batch, at `index` of all its tokens behind one another.
-
-    pre on a module hands on their hidden states alone; post on it or on a later one puts zeros in the place of the others;
-    around does both.
-    """
-
-    method = "asked tokens"
-
-    def __init__(self, index: Tensor) -> None:
-        self.index = index
-        self.shape = torch.Size()
-
-    def pre(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        x, *others = args
-        self.shape = x.shape[:-1]
-        some = x.flatten(0, -2).index_select(0, self.index)
-        return (some[None] if x.dim() > 2 else some, *others), kwargs
-
-    def post(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-        every = y.new_zeros(self.shape.numel(), y.shape[-1])
-        return every.index_copy_(0, self.index, y.flatten(0, -2)).unflatten(0, self.shape)
-
-    def around(self, here: Ports, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return self.post(here, args, kwargs, run(Ports(here.module), *self.pre(here, args, kwargs)))
 
 
 class Chunks:
@@ -128,34 +104,45 @@ class Look:
 
 @dataclass(frozen=True)
 class Reading:
-    """Where the loss is read: the head, and the modules at which the last feed-forward layer begins and ends, if they are known.
+    """Where the loss is read: the head, the last feed-forward layer, if it is known, and the others that see the input.
 
     `shifted` where a token's label is the next one's, `decodes` where another stack reads the input.
     """
 
     head: nn.Module
-    ffn: tuple[nn.Module, nn.Module] | None
+    ffn: Ends | None
     shifted: bool
     decodes: bool
+    others: tuple[Ends, ...] = ()
     chunked: bool = False
 
-    def edits(self, index: Tensor, chunks: Chunks) -> list[Edit]:
-        """Return the ports of one forward pass that answers for the tokens at `index`."""
+    @property
+    def known(self) -> list[tuple[nn.Module, ...]]:
+        """The modules at which something begins or ends."""
+        return [(self.head,), *([self.ffn] if self.ffn else []), *self.others]
+
+    def edits(self, index: Tensor, chunks: Chunks, there: Tensor | None) -> list[Edit]:
+        """Return the ports of one forward pass that answers for the tokens at `index` of an input whose tokens are `there`."""
         edits = [Edit(self.head, "pre", Tokens(index))]
         if self.chunked:
             edits.append(Edit(self.head, "around", chunks))
-        if self.ffn is None:
-            return edits
-        (enter, leave), tokens = self.ffn, Tokens(index)
-        if enter is leave:
-            return [*edits, Edit(enter, "around", tokens)]
-        return [*edits, Edit(enter, "pre", tokens), Edit(leave, "post", tokens)]
+        if self.ffn is not None:
+            edits += _seeing(self.ffn, index)
+        return edits if there is None else edits + [edit for ends in self.others for edit in _seeing(ends, there)]
 
     def asked(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the places of the tokens, counted through the batch, whose labels count, and these labels."""
         wanted = F.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.shifted else labels
         index = (wanted.flatten() != IGNORED).nonzero()[:, 0]
         return index, wanted.flatten()[index]
+
+
+def _seeing(ends: Ends, index: Tensor) -> list[Edit]:
+    """Return the ports of a feed-forward layer that sees the tokens at `index`."""
+    (enter, leave), tokens = ends, Tokens(index)
+    if enter is leave:
+        return [Edit(enter, "around", tokens)]
+    return [Edit(enter, "pre", tokens), Edit(leave, "post", tokens)]
 
 
 @dataclass(frozen=True)
@@ -170,53 +157,60 @@ class OwnLoss:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """The loss of a model on a batch, read as `reading` says."""
+    """The loss of a model on a batch, read as `reading` says; `asked` where it is known, of a batch without padding, without a look."""
 
     model: Any
     reading: Reading
-    asked: Asked | None = None  # where the tokens that are asked are known without looking at the labels
+    asked: Asked | None = None
+    widths: Widths = EXACT
+    few: int | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
         index, labels = (self.asked or self.reading.asked)(batch["labels"])
-        chunks = Chunks(labels)
+        chunks, mask = Chunks(labels), batch.get("attention_mask")
+        look = self.reading.others and self.asked is None
+        there = present(mask, self.widths.tokens, self.few) if look and mask is not None else None
         given = {name: value for name, value in batch.items() if name != "labels"}
         if self.reading.decodes:
             given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
-        with edited(self.model, self.reading.edits(index, chunks)):
+        with edited(self.model, self.reading.edits(index, chunks, there)):
             logits = self.model(**given).logits
         return cross_entropy(logits, labels) if chunks.loss is None else chunks.loss
 
 
-def make_loss(model: Any, batch: Batch, inside: bool = True) -> Loss:
-    """Return the cheapest loss that is the model's own on this batch of two rows, with ports `inside` the last block or not."""
+def make_loss(model: Any, batch: Batch, inside: bool = True, widths: Widths = EXACT) -> Loss:
+    """Return the cheapest loss that is the model's own on this batch of two rows, with ports `inside` the blocks or not."""
     with torch.no_grad():
         found = read_loss(model, batch)
         if found is None:
             return OwnLoss(model)
         reading, plain = found
         close = max(torch.finfo(y.dtype).eps for y in (plain.logits, plain.loss)) ** 0.5
-        for one in (reading, replace(reading, ffn=None))[not inside :]:
-            loss = TokenLoss(model, one)
+        whole = replace(reading, others=())
+        padded = "attention_mask" in batch and not batch["attention_mask"].all()  # otherwise it would not show
+        for one in (reading if padded else whole, whole, replace(whole, ffn=None))[0 if inside else 2 :]:
+            loss = TokenLoss(model, one, few=1)
             if torch.isclose(loss(batch).to(plain.loss.dtype), plain.loss, rtol=close, atol=close):
-                return loss
+                return TokenLoss(model, one, widths=widths)
     return OwnLoss(model)
 
 
 def read_loss(model: Any, batch: Batch) -> tuple[Reading, Any] | None:
     """Return where the loss can be read, and the model's output on the batch; None where nothing but its own loss will do."""
-    reading, tokens = _reading(model), batch["labels"].numel()
+    reading = _reading(model)
     if reading is None:
         return None
-    head, first, last = Look(), Look(), Look()
-    watched = [(reading.head, head), *zip(reading.ffn or (), (first, last), strict=False)]
-    watched = list({module: (module, seen) for module, seen in watched}.values())
-    with edited(model, [Edit(module, "around", seen) for module, seen in watched]):
+    looks = {module: Look() for ends in reading.known for module in ends}
+    with edited(model, [Edit(module, "around", look) for module, look in looks.items()]):
         plain = model(**batch)
-    if not head.by_token(tokens) or head.calls[0][0].shape[:-1] != batch["labels"].shape:
+    head, labels, inputs = looks[reading.head], batch["labels"].numel(), batch["input_ids"].numel()
+    if not head.by_token(labels) or head.calls[0][0].shape[:-1] != batch["labels"].shape:
         return None
-    if not all(seen.by_token(tokens) for _, seen in watched):
+    if not all(looks[module].by_token(labels) for module in reading.ffn or ()):
         reading = replace(reading, ffn=None)
-    return replace(reading, chunked=plain.logits is head.calls[0][1] and _is_plain(reading.head)), plain
+    others = tuple(ends for ends in reading.others if all(looks[module].by_token(inputs) for module in ends))
+    chunked = plain.logits is head.calls[0][1] and _is_plain(reading.head)
+    return replace(reading, others=others, chunked=chunked), plain
 
 
 def _reading(model: Any) -> Reading | None:
@@ -225,22 +219,30 @@ def _reading(model: Any) -> Reading | None:
     heads = [place for place in parts.places if place.role == "head"]
     if len(heads) != 1 or not parts.stacks:
         return None
-    head, stack = model.get_submodule(heads[0].path), parts.stacks[-1]
-    layer = (stack.name, stack.layers - 1)
-    ffn = [place for place in parts.places if place.role == "ffn" and (place.stack, place.layer) == layer]
-    placements = [p for attached in attachments(model).values() for p in attached.placements]
-    counting = any(p.method.computes.acts == "positions" and (p.site.stack, p.site.layer) == layer for p in placements)
-    ends = None
-    last = [place.path for place in parts.blocks if (place.stack, place.layer) == layer]
-    again = any(
-        vars(model.get_submodule(path))[PORTS].around for path in last if PORTS in vars(model.get_submodule(path))
-    )
-    if len(ffn) == 1 and not (counting or again):  # a block that is run again does so without the ports of this pass
-        ends = model.get_submodule(ffn[0].path), model.get_submodule(ffn[0].exit or ffn[0].path)
-        ends = ends if ends[0] is ends[1] or not _has_pre(ends[0]) else None
+    head, first, stack = model.get_submodule(heads[0].path), parts.stacks[0], parts.stacks[-1]
     decodes = len(parts.stacks) > 1
     known = not decodes or "prepare_decoder_input_ids_from_labels" in dir(model)
-    return Reading(head, ends, stack.causal and not decodes, decodes) if known and not _has_pre(head) else None
+    if not known or _has_pre(head):
+        return None
+    last, ffns = (stack.name, stack.layers - 1), [place for place in parts.places if place.role == "ffn"]
+    ends = {place: _ends(model, parts, place) for place in ffns}
+    at_last = [ends[place] for place in ffns if (place.stack, place.layer) == last]
+    others = [ends[place] for place in ffns if place.stack == first.name and (place.stack, place.layer) != last]
+    ffn = at_last[0] if len(at_last) == 1 else None
+    return Reading(head, ffn, stack.causal and not decodes, decodes, tuple(filter(None, others)))
+
+
+def _ends(model: Any, parts: Anatomy, place: Place) -> Ends | None:
+    """Return where a feed-forward layer begins and ends, or None where it has to see all tokens."""
+    layer = (place.stack, place.layer)
+    placements = [p for attached in attachments(model).values() for p in attached.placements]
+    counting = any(p.method.computes.acts == "positions" and (p.site.stack, p.site.layer) == layer for p in placements)
+    blocks = [model.get_submodule(block.path) for block in parts.blocks if (block.stack, block.layer) == layer]
+    again = any(vars(block)[PORTS].around for block in blocks if PORTS in vars(block))
+    if counting or again:  # a block that is run again does so without the ports of this pass
+        return None
+    enter, leave = model.get_submodule(place.path), model.get_submodule(place.exit or place.path)
+    return (enter, leave) if enter is leave or not _has_pre(enter) else None
 
 
 def _has_pre(module: nn.Module) -> bool:

@@ -21,10 +21,14 @@ INPUTS, LABELS = 8, 4  # how many widths inputs may have, and labels that a deco
 
 @dataclass(frozen=True)
 class Widths:
-    """The widths of inputs and of labels, ascending; without any, a batch is as wide as its longest row."""
+    """The widths of inputs and of labels, ascending; without any, a batch is as wide as its longest row.
+
+    `tokens` are the numbers of tokens, padding left out, that a batch's inputs are filled up to where padding is.
+    """
 
     inputs: tuple[int, ...] = ()
     labels: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
 
     @staticmethod
     def of(rows: Sequence[Row]) -> Widths:
