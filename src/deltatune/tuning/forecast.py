@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from deltatune.backbones.load import Kind, skeleton
+from deltatune.backbones.products import products
 from deltatune.core.delta import Delta
 from deltatune.core.site import anatomy
 from deltatune.tuning.budget import within
@@ -27,7 +28,7 @@ SMALL = 64
 
 def resident(device: torch.device) -> int:
     """Return the bytes that the process holds, after a small step has brought in what libraries load when they are used."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), products(device):
         _step(device)
     gc.collect()
     return in_use(device)
