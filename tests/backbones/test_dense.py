@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import deltatune as dt
 from deltatune.backbones import dense
 from deltatune.backbones.dense import Dense, attend_densely
-from deltatune.backbones.products import asking
+from deltatune.backbones.products import ROUNDED, saying
 from tests import tiny
 
 SHAPES = {"whole": 1 << 20, "row by row": 1}
@@ -88,7 +88,7 @@ def test_where_onednn_is_asked_for_float32_short_rows_are_attended_to_densely(
     exact, model, calls = grads(MODELS[name]().double(), method), MODELS[name](), []
     attend_densely(model)
     monkeypatch.setattr(Dense, "apply", lambda *given, dense=Dense.apply: calls.append(given) or dense(*given))
-    with asking():
+    with saying(ROUNDED):
         for found, truth in zip(grads(model, method), exact, strict=True):
             torch.testing.assert_close(found.double(), truth.double(), rtol=1e-4, atol=1e-5)
         assert calls

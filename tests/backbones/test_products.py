@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltatune.backbones.products import MATMUL, ROUNDED, UNSET, compiled, products, trusted
+from deltatune.backbones.products import MATMUL, ROUNDED, UNSET, asked, compiled, few_rows, products, trusted
 
 CPU = torch.device("cpu")
 SHAPES = [(512, 768, 768), (512, 2048, 768), (328, 512, 1024), (64, 768, 8), (8, 768, 512), (3, 17, 5)]
@@ -40,7 +40,7 @@ def test_products_are_those_of_float32(shape: tuple[int, int, int]) -> None:
 def test_the_scope_leaves_no_setting_behind() -> None:
     for _ in range(2):
         with products(CPU), products(CPU):
-            pass
+            assert compiled("fp32", CPU) == asked(), "it is compiled where it is asked for, in the scope as before it"
         assert MATMUL.fp32_precision == UNSET
     with pytest.raises(ZeroDivisionError), products(CPU):
         raise ZeroDivisionError
@@ -48,9 +48,17 @@ def test_the_scope_leaves_no_setting_behind() -> None:
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_inside_it_generation_has_torchs_own_choice() -> None:
+    with products(CPU):
+        before = MATMUL.fp32_precision
+        with few_rows():
+            assert MATMUL.fp32_precision == UNSET and not asked()
+        assert MATMUL.fp32_precision == before
+
+
 def test_what_a_user_has_set_stays() -> None:
     MATMUL.fp32_precision = "ieee"
-    with products(CPU):
+    with products(CPU), few_rows():
         assert MATMUL.fp32_precision == "ieee"
     assert not compiled("fp32", CPU) and compiled("bf16", CPU)
 

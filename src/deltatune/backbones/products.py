@@ -26,7 +26,14 @@ CLOSE = 1e-5  # relative error: 4e-7 in float32, 3e-3 when rounded
 @contextmanager
 def products(device: torch.device) -> Iterator[None]:
     """The scope in which products in float32 are oneDNN's where that is exact; what a user has set stays."""
-    with asking() if _faster(device) else nullcontext():
+    with saying(ROUNDED) if _faster(device) else nullcontext():
+        yield
+
+
+@contextmanager
+def few_rows() -> Iterator[None]:
+    """The scope in which products have a row or two each, as in generation, and are torch's own choice again."""
+    with saying(UNSET) if asked() and _exact() else nullcontext():
         yield
 
 
@@ -41,14 +48,14 @@ def asked() -> bool:
 
 
 def _faster(device: torch.device) -> bool:
-    return device.type == "cpu" and MATMUL.fp32_precision == UNSET and _exact()
+    return device.type == "cpu" and MATMUL.fp32_precision in (UNSET, ROUNDED) and _exact()
 
 
 @contextmanager
-def asking() -> Iterator[None]:
-    """The scope in which oneDNN is asked for products in float32."""
+def saying(precision: str) -> Iterator[None]:
+    """The scope in which products in float32 may be of this precision."""
     before = MATMUL.fp32_precision
-    MATMUL.fp32_precision = ROUNDED
+    MATMUL.fp32_precision = precision
     try:
         yield
     finally:
@@ -61,7 +68,7 @@ def _exact() -> bool:
     with _disable_current_modes(), torch.no_grad():
         A, B = (torch.randn(SIZE, SIZE, generator=draw) for _ in range(2))
         usual = A @ B
-        with asking():
+        with saying(ROUNDED):
             other = A @ B
         return trusted(usual, other, A.double() @ B.double())
 

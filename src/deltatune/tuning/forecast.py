@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from deltatune.backbones.load import Kind, skeleton
-from deltatune.backbones.products import products
+from deltatune.backbones.products import few_rows, products
 from deltatune.core.delta import Delta
 from deltatune.core.site import anatomy
 from deltatune.tuning.budget import within
@@ -73,10 +73,11 @@ def writing(kind: str, prompts: Sequence[Ids], recipe: Recipe, answer: int) -> E
 
     def read(model: Any) -> object:
         like = {"dtype": torch.long, "device": next(model.parameters()).device}
-        if kind == "seq2seq":
-            options = {"decoder_input_ids": torch.zeros(rows, answer, **like)}
-            return model(input_ids=torch.zeros(rows, length, **like), use_cache=True, **options)
-        return model(input_ids=torch.zeros(rows, length + answer, **like), use_cache=True, logits_to_keep=1)
+        with few_rows():
+            if kind == "seq2seq":
+                options = {"decoder_input_ids": torch.zeros(rows, answer, **like)}
+                return model(input_ids=torch.zeros(rows, length, **like), use_cache=True, **options)
+            return model(input_ids=torch.zeros(rows, length + answer, **like), use_cache=True, logits_to_keep=1)
 
     return torch.no_grad()(read)
 
