@@ -105,6 +105,15 @@ def test_what_somebody_else_does_to_the_activation_counts() -> None:
     assert torch.equal(lean(x), lean.down_proj(torch.tanh(lean.gate_proj(x)) * lean.up_proj(x)))
 
 
+def test_unlike_types_are_multiplied_as_they_are() -> None:
+    plain: Any
+    plain, lean = both()
+    plain.up_proj.register_forward_hook(lambda module, args, u: u.double())
+    plain.down_proj.double()
+    x = torch.randn(2, 16, requires_grad=True)
+    assert torch.equal(lean(x), plain(x)) and lean(x).dtype == torch.float64
+
+
 def test_it_is_copied_and_pickled() -> None:
     _, lean = both()
     x = torch.randn(2, 16, requires_grad=True)

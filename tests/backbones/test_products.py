@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltatune.backbones.products import MATMUL, ROUNDED, UNSET, asked, compiled, few_rows, products, trusted
+from deltatune.backbones.products import MATMUL, ROUNDED, UNSET, _exact, asked, compiled, few_rows, products, trusted
 
 CPU = torch.device("cpu")
 SHAPES = [(512, 768, 768), (512, 2048, 768), (328, 512, 1024), (64, 768, 8), (8, 768, 512), (3, 17, 5)]
@@ -61,6 +61,15 @@ def test_what_a_user_has_set_stays() -> None:
     with products(CPU), few_rows():
         assert MATMUL.fp32_precision == "ieee"
     assert not compiled("fp32", CPU) and compiled("bf16", CPU)
+
+
+def test_it_is_tried_against_torchs_own_choice_whatever_is_set() -> None:
+    found = []
+    for precision in (UNSET, ROUNDED):
+        _exact.cache_clear()
+        MATMUL.fp32_precision = precision
+        found.append(compiled("fp32", CPU))
+    assert found[0] == found[1]
 
 
 def test_other_devices_are_left_alone() -> None:

@@ -1,5 +1,5 @@
-"""Dense attention on a CPU, where torch's own kernel takes longer than matrix products: several times as long backward through
-bfloat16, and twice as long for short rows in float32 where it asks oneDNN for each of its small products.
+"""Dense attention on a CPU, where torch's own kernel takes several times as long as matrix products: backward through bfloat16,
+and both ways through short rows of float32 while it asks oneDNN for its many small products (`products.py`).
 
     S = scale Q K^T + bias + mask    P = softmax(S)    O = P V
 

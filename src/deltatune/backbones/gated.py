@@ -61,7 +61,7 @@ class Gated(nn.Module):
         gate, up, down, act = (cast(nn.Module, self._modules[name]) for name in self._names)
         g, u = gate(x), up(x)
         plain = type(act) is self._kind and not watched(act)  # nobody else has a hand in it
-        if plain and torch.is_grad_enabled() and eager() and forward_ad._current_level < 0:
+        if plain and g.dtype == u.dtype and torch.is_grad_enabled() and eager() and forward_ad._current_level < 0:
             return down(GatedProduct.apply(g, u))
         return down(act(g) * u)
 
