@@ -37,7 +37,7 @@ from deltatune.tuning.loop import deterministic
 from deltatune.tuning.loss import make_loss
 from deltatune.tuning.memory import Peak
 from deltatune.tuning.optim import make_optimizer
-from deltatune.tuning.precision import hold_in
+from deltatune.tuning.precision import hold_in, keep_few_kernels
 from deltatune.tuning.rates import measure as measure_rates
 from deltatune.tuning.recipe import Recipe
 
@@ -83,6 +83,7 @@ def batch(backbone: str) -> Batch:
 
 def train(backbone: str, method: str, steps: int, back: bool) -> Result:
     """Train in this process; return the bytes held before the first step, the peak, and the median seconds of a step."""
+    keep_few_kernels()
     model, recipe, device = model_of(backbone).train(), Recipe(), torch.device("cpu")
     hold_in(model, recipe.precision)
     given = batch_of(model, batch(backbone), device)

@@ -9,7 +9,7 @@ method whose delta begins in the first block can do with much less.
 the code and the shapes alone, so it is the same on every machine.
 
 `deltatune` is a delta that was attached to the model as it is, for a loop of one's own; `tune` is the step of deltatune's own
-loop, which computes norms and loss in ways of its own too.
+loop, which computes norms, gated layers and loss in ways of its own too, and has products in fp32 from oneDNN where that is exact.
 
 Each method is told beside the same method elsewhere: LoRA, DoRA, (IA)^3, prefix and prompt tuning of peft; the adapters of
 Houlsby and of Pfeiffer and prefix tuning of the library `adapters`; biases and all parameters trained by a plain loop. All

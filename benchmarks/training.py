@@ -7,6 +7,7 @@ torch and transformers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -21,16 +22,20 @@ STEP = "step"
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to train: its loss for a batch, the tensors that get gradients, and all tensors that are not activations."""
+    """One way to train: its loss for a batch, the tensors that get gradients, and all tensors that are not activations.
+
+    A step is taken in the scope `within`.
+    """
 
     loss: Callable[[], Tensor]
     trained: list[nn.Parameter]
     model: nn.Module
     delta: str | None = None
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def turn(self, clock: Clock) -> None:
         """Take one step and drop its gradients."""
-        with clock(STEP):
+        with self.within(), clock(STEP):
             self.loss().backward()
         self._forget()
 
@@ -48,7 +53,7 @@ class Contestant:
             kept.add(one)
             return one
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
+        with self.within(), torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
             loss = self.loss()
         sizes = {_storage(one.tensor): one.tensor.untyped_storage().nbytes() for one in kept}
         known = {_storage(t) for t in self.model.parameters()}
@@ -62,7 +67,8 @@ class Contestant:
             return None
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        self.loss().backward()
+        with self.within():
+            self.loss().backward()
         torch.cuda.synchronize(device)
         self._forget()
         return torch.cuda.max_memory_allocated(device) - before

@@ -8,6 +8,8 @@ of each row are answers whose labels count, as in a task.
 - *One backward* sums the gradients of a layer's input in one place; it needs fused LoRA.
 - *Answers only* computes the last feed-forward layer, the head and the loss for the tokens whose labels count.
 - *Lean norms* computes a norm and its gradient in one function each, instead of operation by operation.
+- *Gated product* computes silu(g) u in one function, which keeps two tensors where its parts keep three.
+- *oneDNN products* asks oneDNN for products in fp32 too, where it is exact, and attends by them.
 - *bf16* holds the frozen weights in bfloat16 and attends by matrix products; leaves stay in fp32, and are cast together.
 
 A step is forward and backward pass, without an optimizer. What is kept of frozen blocks from epoch to epoch is told by `frozen`,
@@ -17,8 +19,9 @@ batches by length and whole trainings by `end_to_end`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,14 +36,18 @@ from benchmarks.shape import LlamaShape
 from benchmarks.training import STEP, Contestant
 from benchmarks.twins import LORA
 from deltatune.backbones.dense import attend_densely
-from deltatune.backbones.lean import make_lean
+from deltatune.backbones.gated import gated
+from deltatune.backbones.lean import make_lean, norm
+from deltatune.backbones.products import products
 from deltatune.core.casts import Casts
 from deltatune.core.ports import BaseView
 from deltatune.tuning.encode import IGNORED
 from deltatune.tuning.loss import OwnLoss, make_loss
 
-FUSED, BACKWARD, ANSWERS, LEAN, BF16 = "fused LoRA", "one backward", "answers only", "lean norms", "bf16"
-TRICKS = (FUSED, BACKWARD, ANSWERS, LEAN, BF16)
+FUSED, BACKWARD, ANSWERS, LEAN = "fused LoRA", "one backward", "answers only", "lean norms"
+GATED, PRODUCTS, BF16 = "gated product", "oneDNN products", "bf16"
+TRICKS = (FUSED, BACKWARD, ANSWERS, LEAN, GATED, PRODUCTS, BF16)
+FINDS = {LEAN: norm, GATED: gated}
 ALONE = {name: (name,) for name in TRICKS} | {BACKWARD: (FUSED, BACKWARD)}
 TOGETHER = {name: TRICKS[: place + 1] for place, name in enumerate(TRICKS)}
 
@@ -68,12 +75,13 @@ def without_one_backward() -> Iterator[None]:
 def contestant(shape: Shape, tricks: tuple[str, ...]) -> Contestant:
     """Build LoRA on a model of its own, with some of the tricks."""
     model: Any = shape.model()
-    if LEAN in tricks:
-        make_lean(model)
+    for trick in FINDS.keys() & set(tricks):
+        make_lean(model, [FINDS[trick]])
     attachment = dt.attach(model, LORA)
     if BF16 in tricks:
         model.to(torch.bfloat16)
         attachment.leaves.float()
+    if BF16 in tricks or PRODUCTS in tricks:
         attend_densely(model)
     ids = shape.ids(shape.rows, shape.tokens)
     labels = ids.clone()
@@ -92,7 +100,8 @@ def contestant(shape: Shape, tricks: tuple[str, ...]) -> Contestant:
             scopes.enter_context(casts.made())
             return loss(batch)
 
-    return Contestant(step, list(attachment.parameters()), model, str(attachment.delta))
+    scope = partial(products, ids.device) if PRODUCTS in tricks else nullcontext
+    return Contestant(step, list(attachment.parameters()), model, str(attachment.delta), scope)
 
 
 def measure(shape: Shape) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 import deltatune as dt
 from benchmarks.shape import LlamaShape
 from benchmarks.training import Contestant, training
+from deltatune.backbones.dense import attend_densely
 from deltatune.backbones.lean import make_lean
+from deltatune.backbones.products import products
 from deltatune.tuning.compiled import training_loss
 
 EVERY_LINEAR = "{attn.{q,k,v,o},ffn.{gate,up,down}}"
@@ -76,11 +79,13 @@ def with_delta(model: nn.Module, ids: Tensor, delta: Any) -> Contestant:
 
 
 def with_tune(model: nn.Module, ids: Tensor, delta: Any, compiler: str = "none") -> Contestant:
-    """Train a delta as the loop of `tune` does: on the lean backbone, with the loss of the labels that count."""
+    """Train a delta as the loop of `tune` does: on the lean backbone, with its products and the loss of the labels that count."""
     make_lean(model)
+    attend_densely(model)
     attachment, batch = dt.attach(model, delta), {"input_ids": ids, "labels": ids}
     loss = training_loss(model, {name: given[:2] for name, given in batch.items()}, compiler)
-    return Contestant(lambda: loss(batch), list(attachment.parameters()), model, str(delta))
+    scope = partial(products, ids.device)
+    return Contestant(lambda: loss(batch), list(attachment.parameters()), model, str(delta), scope)
 
 
 def with_peft(model: nn.Module, ids: Tensor, config: Any, compiler: str = "none") -> Contestant:

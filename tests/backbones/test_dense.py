@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import deltatune as dt
 from deltatune.backbones import dense
 from deltatune.backbones.dense import Dense, attend_densely
+from deltatune.backbones.products import ROUNDED, saying
 from tests import tiny
 
 SHAPES = {"whole": 1 << 20, "row by row": 1}
@@ -77,3 +78,21 @@ def test_what_attends_in_another_way_is_left_alone() -> None:
     attend_densely(through)
     batch = tiny.batch(plain)
     assert torch.equal(plain(**batch).logits, through(**batch).logits), "float32 goes the old way, bit for bit"
+
+
+@pytest.mark.parametrize("method", [dt.LoRA(rank=4), dt.PrefixTuning(length=5)], ids=["LoRA", "PrefixTuning"])
+@pytest.mark.parametrize("name", MODELS)
+def test_where_onednn_is_asked_for_float32_short_rows_are_attended_to_densely(
+    name: str, method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact, model, calls = grads(MODELS[name]().double(), method), MODELS[name](), []
+    attend_densely(model)
+    monkeypatch.setattr(Dense, "apply", lambda *given, dense=Dense.apply: calls.append(given) or dense(*given))
+    with saying(ROUNDED):
+        for found, truth in zip(grads(model, method), exact, strict=True):
+            torch.testing.assert_close(found.double(), truth.double(), rtol=1e-4, atol=1e-5)
+        assert calls
+        monkeypatch.setattr(dense, "SHORT", 0)
+        calls.clear()
+        grads(model, method)
+    assert not calls, "long rows go the old way"

@@ -15,6 +15,7 @@ import deltatune as dt
 from deltatune.tuning.budget import beside, within
 from deltatune.tuning.forecast import kind_of, made_up, writing
 from deltatune.tuning.ledger import Ledger, Shape, Trial, block_paths, ledger
+from deltatune.tuning.loop import deterministic
 from deltatune.tuning.memory import in_use, size
 from deltatune.tuning.precision import hold_in
 from deltatune.tuning.rates import Rates
@@ -43,7 +44,7 @@ def real(model: Any, delta: Any, recipe: Recipe, blocks: tuple[str, ...] = ()) -
     from deltatune.core.delta import as_delta
     from deltatune.core.weights import Weights, fingerprint
 
-    with Tally(tiny.VOCABULARY) as counted:
+    with deterministic(CPU), Tally(tiny.VOCABULARY) as counted:
         hold_in(model, recipe.precision)
         trial = Trial(counted, model, Weights(as_delta(delta), {}, fingerprint(model), 0), recipe, CPU, blocks)
         trial.step(SHAPE)

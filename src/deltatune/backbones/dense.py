@@ -1,4 +1,5 @@
-"""Dense attention: bfloat16 on a CPU, where torch's own kernel goes backward several times as slowly as matrix products.
+"""Dense attention on a CPU, where torch's own kernel takes several times as long as matrix products: backward through bfloat16,
+and both ways through short rows of float32 while it asks oneDNN for its many small products (`products.py`).
 
     S = scale Q K^T + bias + mask    P = softmax(S)    O = P V
 
@@ -14,9 +15,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from deltatune.backbones.products import asked
+
 NAME = "dense"
-CACHED = 1 << 20  # numbers in P at a time: 2 MiB
-KEPT = 4  # P is kept while it is at most so many times as large as Q
+CACHED = 1 << 20  # numbers in P at a time: 2 MiB in bfloat16
+KEPT = 4  # P is kept while it is at most so many times as large as Q; in float32 once, as torch's kernel keeps O
+SHORT = 512  # keys, beyond which torch's kernel gains more by leaving out what a causal mask hides
 
 
 def attend_densely(model: Any) -> None:
@@ -37,8 +41,7 @@ def attention(
     """Attend as transformers' `sdpa` does: queries [rows, heads, n, width] to [rows, n, heads, width]."""
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-    slow = query.dtype == torch.bfloat16 and query.device.type == "cpu"
-    if not slow or kwargs.get("dropout") or kwargs.get("softcap") or torch.compiler.is_compiling():
+    if not _slow(query, key) or kwargs.get("dropout") or kwargs.get("softcap") or torch.compiler.is_compiling():
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     groups, scale = query.shape[1] // key.shape[1], kwargs.get("scaling")
     bias, mask = kwargs.get("position_bias"), attention_mask
@@ -48,6 +51,13 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     mixed = Dense.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), bias, _added(mask, query.dtype), scale)
     return cast(Tensor, mixed).transpose(1, 2).contiguous(), None
+
+
+def _slow(query: Tensor, key: Tensor) -> bool:
+    """Whether torch's own kernel takes longer."""
+    if query.device.type != "cpu" or query.dtype != torch.float32:
+        return query.device.type == "cpu" and query.dtype == torch.bfloat16
+    return asked() and key.shape[2] <= SHORT
 
 
 def _is_causal(module: Any, said: bool | None) -> bool:
@@ -75,7 +85,8 @@ class Dense(torch.autograd.Function):
             P = _weights(q, k, bias, mask, scale, rows)
             torch.matmul(P, v[rows], out=o[rows])
             kept.append(P)
-        ctx.save_for_backward(q, k, v, bias, mask, *(kept if k.shape[-2] <= KEPT * q.shape[-1] else ()))
+        most = 1 if q.dtype == torch.float32 else KEPT
+        ctx.save_for_backward(q, k, v, bias, mask, *(kept if k.shape[-2] <= most * q.shape[-1] else ()))
         return o
 
     @staticmethod

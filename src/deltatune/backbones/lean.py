@@ -10,37 +10,51 @@ gradient through the second takes a dozen passes over its input; written out it 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from deltatune.backbones.gated import gated
 from deltatune.core.fused import Remade, eager
 
 WIDTH = 8
 
+Find = Callable[[nn.Module], nn.Module | None]  # the module that computes the same in one operation, or None
 
-def make_lean(model: nn.Module) -> None:
-    """Replace composed activations and norms of a transformers model, in place; its parameters stay the same tensors."""
+
+def make_lean(model: nn.Module, finds: Sequence[Find] = ()) -> None:
+    """Replace composed activations, norms and gated layers of a transformers model, in place; its parameters stay the same.
+
+    `finds` says which are sought, all of them unless given.
+    """
     found = [
         (module, name, lean)
         for module in model.modules()
         for name, child in module.named_children()
-        if (lean := _lean(child)) is not None
+        for find in finds or FINDS
+        if (lean := find(child)) is not None
     ]
     for module, name, lean in found:
         setattr(module, name, lean)
 
 
-def _lean(module: nn.Module) -> nn.Module | None:
-    """Return the module that computes the same in one operation, or None."""
+def gelu(module: nn.Module) -> nn.Module | None:
+    """Return the kernel of the composed GELU."""
     from transformers.activations import NewGELUActivation
 
-    if type(module) is NewGELUActivation:
-        return nn.GELU(approximate="tanh")
+    return nn.GELU(approximate="tanh") if type(module) is NewGELUActivation else None
+
+
+def norm(module: nn.Module) -> nn.Module | None:
+    """Return the norm by the root of the mean square that a module is."""
     eps = _eps(module)
     return None if eps is None else Norm(cast(nn.Parameter, module._parameters["weight"]), eps)
+
+
+FINDS: tuple[Find, ...] = (gelu, norm, gated)
 
 
 class RootMeanSquare(Remade):

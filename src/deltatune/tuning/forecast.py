@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from deltatune.backbones.load import Kind, skeleton
+from deltatune.backbones.products import few_rows, products
 from deltatune.core.delta import Delta
 from deltatune.core.site import anatomy
 from deltatune.tuning.budget import within
@@ -27,7 +28,7 @@ SMALL = 64
 
 def resident(device: torch.device) -> int:
     """Return the bytes that the process holds, after a small step has brought in what libraries load when they are used."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), products(device):
         _step(device)
     gc.collect()
     return in_use(device)
@@ -72,10 +73,11 @@ def writing(kind: str, prompts: Sequence[Ids], recipe: Recipe, answer: int) -> E
 
     def read(model: Any) -> object:
         like = {"dtype": torch.long, "device": next(model.parameters()).device}
-        if kind == "seq2seq":
-            options = {"decoder_input_ids": torch.zeros(rows, answer, **like)}
-            return model(input_ids=torch.zeros(rows, length, **like), use_cache=True, **options)
-        return model(input_ids=torch.zeros(rows, length + answer, **like), use_cache=True, logits_to_keep=1)
+        with few_rows():
+            if kind == "seq2seq":
+                options = {"decoder_input_ids": torch.zeros(rows, answer, **like)}
+                return model(input_ids=torch.zeros(rows, length, **like), use_cache=True, **options)
+            return model(input_ids=torch.zeros(rows, length + answer, **like), use_cache=True, logits_to_keep=1)
 
     return torch.no_grad()(read)
 

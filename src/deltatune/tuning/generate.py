@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from deltatune.backbones.products import few_rows
 from deltatune.errors import DeltaTuneError
 from deltatune.tuning.encode import Ids, pad_inputs
 
@@ -49,7 +50,7 @@ def _greedy(backbone: Backbone, prompts: Sequence[Ids], max_tokens: int, pad: in
         eos_token_id=backbone.tokenizer.eos_token_id,
         decoder_start_token_id=model.config.decoder_start_token_id if not causal else None,
     )
-    with torch.no_grad():
+    with torch.no_grad(), few_rows():
         ids = model.generate(**data, generation_config=config)
     new = ids[:, data["input_ids"].shape[1] :] if causal else ids
     return [text.strip() for text in backbone.tokenizer.batch_decode(new, skip_special_tokens=True)]

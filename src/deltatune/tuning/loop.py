@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltatune.backbones.products import compiled, products
 from deltatune.core.attach import Attachment
 from deltatune.core.casts import Casts
 from deltatune.core.motion import advance, drawn, moving, penalty, rates
@@ -98,7 +99,7 @@ class Loop:
         self.cache: Cache | NoCache = NoCache("runs that train together keep none")
         self.held: list[Tensor] = [*self.parameters, *moving(self.attachment)]
         self.casts = Casts(self.attachment, computes_in(self.recipe.precision))
-        self.widths = EXACT if self.recipe.precision == "fp32" else Widths.of(self.rows)
+        self.widths = Widths.of(self.rows) if compiled(self.recipe.precision, self.device) else EXACT
         self.optimizer = make_optimizer(self.recipe, self.parameters, rates(self.attachment))
         self.rate = learning_rate(self.recipe)
         self.best: list[Tensor] = []
@@ -272,7 +273,7 @@ class Loop:
 
 @contextlib.contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Let torch use only kernels that repeat bit for bit; on a GPU that would cost speed and is left as it is."""
+    """Let torch use only kernels that repeat bit for bit, and fast products; on a GPU the former would cost speed."""
     settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filling = settings.fill_uninitialized_memory
@@ -280,7 +281,8 @@ def deterministic(device: torch.device) -> Iterator[None]:
     # Filling every new tensor guards against reading it too early; nothing here does, and it costs a write each.
     settings.fill_uninitialized_memory = False
     try:
-        yield
+        with products(device):
+            yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         settings.fill_uninitialized_memory = filling

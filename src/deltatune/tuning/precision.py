@@ -24,7 +24,7 @@ HELD: dict[str, tuple[str, str | None]] = {  # how `load` is asked for it: a flo
     "bf16": ("bfloat16", None),
     "int8": ("bfloat16", "int8"),
 }
-# On a CPU a product in bfloat16 is compiled for every shape, half a megabyte each, and 1024 of them are kept, twice. This
+# On a CPU oneDNN compiles a product for every shape, half a megabyte each, and keeps 1024 of them, twice. This
 # many are enough for the shapes of a run. The libraries read it before their first product, and what a user set holds.
 KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "1"}
 
@@ -36,11 +36,15 @@ def load_for(name: str, precision: str) -> Backbone:
     backbone.model.to(device()).eval()
     if device().type == "cpu":
         heap.keep()
-        if dtype == "bfloat16":
-            for variable, value in KEPT.items():
-                os.environ.setdefault(variable, value)
+        keep_few_kernels()
     hold_in(backbone.model, precision)
     return backbone
+
+
+def keep_few_kernels() -> None:
+    """Bound what the libraries keep of compiled products, unless a user has."""
+    for variable, value in KEPT.items():
+        os.environ.setdefault(variable, value)
 
 
 def computes_in(precision: str) -> torch.dtype:
@@ -51,11 +55,10 @@ def computes_in(precision: str) -> torch.dtype:
 def hold_in(model: nn.Module, precision: str) -> None:
     """Let a model that is loaded, or planned, compute as `precision` says; numbers in 8 bits are planned as bfloat16."""
     make_lean(model)
-    if HELD[precision][0] == "bfloat16":
-        if all(p.dtype == torch.float32 for p in model.parameters()):
-            model.to(torch.bfloat16)
-        if next(model.parameters()).device.type == "cpu":
-            attend_densely(model)
+    if HELD[precision][0] == "bfloat16" and all(p.dtype == torch.float32 for p in model.parameters()):
+        model.to(torch.bfloat16)
+    if next(model.parameters()).device.type == "cpu":
+        attend_densely(model)
 
 
 def device() -> torch.device:

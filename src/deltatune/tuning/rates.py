@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deltatune.backbones.products import products
 from deltatune.tuning.tally import Work
 
 ROWS, WIDTH = 512, 1024  # of the product that is measured: tokens of a small batch, and a usual width
@@ -34,7 +35,8 @@ def measure(device: torch.device, dtype: torch.dtype = torch.float32) -> Rates:
     a, b = torch.ones(ROWS, WIDTH, device=device, dtype=dtype), torch.ones(WIDTH, WIDTH, device=device, dtype=dtype)
     x, small = torch.ones(1 << 22, device=device), torch.ones(8, device=device)
     y = torch.ones_like(x)
-    product = _best(lambda: torch.mm(a, b), device)
+    with products(device):
+        product = _best(lambda: torch.mm(a, b), device)
     passes = _best(lambda: torch.add(x, x, out=y), device)
     overhead = _best(lambda: torch.add(small, small), device, calls=200)
     return Rates(2 * ROWS * WIDTH * WIDTH / product, 2 * x.nbytes / passes, overhead)

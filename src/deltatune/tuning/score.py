@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from deltatune.backbones.products import products
 from deltatune.tuning.encode import IGNORED, Ids, Row, pad_inputs, rectangle
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def score_candidates(backbone: Backbone, questions: Questions, batch: int, pad: 
     """Return log p of every candidate row of every question, in nats; `batch` questions are read together."""
     order = sorted(range(len(questions)), key=lambda index: max(len(row.input) for row in questions[index]))
     scores: list[list[float]] = [[] for _ in questions]
-    with torch.no_grad():
+    device = next(backbone.model.parameters()).device
+    with torch.no_grad(), products(device):
         for first in range(0, len(order), batch):
             group = order[first : first + batch]
             flat = SCORERS[backbone.kind](backbone.model, [questions[index] for index in group], pad)

@@ -1,0 +1,79 @@
+"""Matrix products in float32 on a CPU, computed by the library that uses the whole of it.
+
+torch asks MKL for them, which uses half of the vector unit of an AMD processor with AVX-512, and oneDNN for products in bfloat16.
+Allowed to round float32 to bfloat16, it asks oneDNN for both; and oneDNN rounds only where a processor multiplies bfloat16 in
+tiles. Whether a product is then another one, and exact, shows on numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+ONEDNN: Any = torch.backends.mkldnn
+MATMUL = ONEDNN.matmul
+UNSET, ROUNDED = "none", "bf16"
+SIZE = 256  # of the product that is tried
+CLOSE = 1e-5  # relative error: 4e-7 in float32, 3e-3 when rounded
+
+
+@contextmanager
+def products(device: torch.device) -> Iterator[None]:
+    """The scope in which products in float32 are oneDNN's where that is exact; what a user has set stays."""
+    with saying(ROUNDED) if _faster(device) else nullcontext():
+        yield
+
+
+@contextmanager
+def few_rows() -> Iterator[None]:
+    """The scope in which products have a row or two each, as in generation, and are torch's own choice again."""
+    with saying(UNSET) if asked() and _exact() else nullcontext():
+        yield
+
+
+def compiled(precision: str, device: torch.device) -> bool:
+    """Whether products in that precision have a price for each shape: oneDNN compiles them."""
+    return precision != "fp32" or _faster(device)
+
+
+def asked() -> bool:
+    """Whether oneDNN is asked for products in float32, as it is in the scope of `products`."""
+    return MATMUL.fp32_precision == ROUNDED
+
+
+def _faster(device: torch.device) -> bool:
+    return device.type == "cpu" and MATMUL.fp32_precision in (UNSET, ROUNDED) and _exact()
+
+
+@contextmanager
+def saying(precision: str) -> Iterator[None]:
+    """The scope in which products in float32 may be of this precision."""
+    before = MATMUL.fp32_precision
+    MATMUL.fp32_precision = precision
+    try:
+        yield
+    finally:
+        MATMUL.fp32_precision = before
+
+
+@cache
+def _exact() -> bool:
+    draw = torch.Generator().manual_seed(0)
+    with _disable_current_modes(), torch.no_grad():
+        A, B = (torch.randn(SIZE, SIZE, generator=draw) for _ in range(2))
+        with saying(UNSET):
+            usual = A @ B
+        with saying(ROUNDED):
+            other = A @ B
+        return trusted(usual, other, A.double() @ B.double())
+
+
+def trusted(usual: Tensor, other: Tensor, exact: Tensor) -> bool:
+    """Whether a product is not the usual one, and as close to the exact one as float32 allows."""
+    return not torch.equal(usual, other) and bool((other - exact).norm() < CLOSE * exact.norm())
