@@ -97,7 +97,8 @@ class Loop:
         self.cache: Cache | NoCache = NoCache("runs that train together keep none")
         self.held: list[Tensor] = [*self.parameters, *moving(self.attachment)]
         self.casts = Casts(self.attachment, computes_in(self.recipe.precision))
-        self.widths = EXACT if self.recipe.precision == "fp32" else Widths.of(self.rows)
+        self.first = epoch_order(sizes_of(self.rows), self.recipe.batch, self.seed, 0)
+        self.widths = EXACT if self.recipe.precision == "fp32" else Widths.of(self.rows, self.first)
         self.optimizer = make_optimizer(self.recipe, self.parameters, rates(self.attachment))
         self.rate = learning_rate(self.recipe)
         self.best: list[Tensor] = []
@@ -127,8 +128,7 @@ class Loop:
 
     def prepare(self) -> None:
         """Find out what of each step can be spared on this backbone with this delta."""
-        first = epoch_order(sizes_of(self.rows), self.recipe.batch, self.seed, 0)
-        data = Data(self.rows, first, self.batch)
+        data = Data(self.rows, self.first, self.batch)
         self.model.eval()  # what is tried draws no random numbers, which a continued run would miss
         self.loss = make_loss(self.model, data.batch(data.probe))
         self.cache = frozen_cache(self.model, data, self.recipe, self.bound, self.folder)
