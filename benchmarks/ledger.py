@@ -29,11 +29,11 @@ import deltatune as dt
 from benchmarks.benchmark import Benchmark, Result, Table
 from benchmarks.plots import Bars, Plot
 from benchmarks.shape import Shape, llama
+from deltatune.tuning.deterministic import deterministic
 from deltatune.tuning.forecast import resident
 from deltatune.tuning.heap import give_back
 from deltatune.tuning.ledger import Shape as Batch
 from deltatune.tuning.ledger import batch_of, ledger
-from deltatune.tuning.loop import deterministic
 from deltatune.tuning.loss import make_loss
 from deltatune.tuning.memory import Peak
 from deltatune.tuning.optim import make_optimizer

@@ -22,7 +22,8 @@ from deltatune.tuning.recipe import Recipe, Run
 from tests.tuning import backbones as tiny
 from tests.tuning import training
 
-RECIPE = dataclasses.replace(training.RECIPE, dropout=False)  # three epochs of eight batches
+# Three epochs of eight batches; AdamW would blow up the rounding of a key's bias, whose gradient is zero.
+RECIPE = dataclasses.replace(training.RECIPE, dropout=False, optimizer="sgd")
 DELTAS = ["LastLayers()", "LadderSideTuning()", 'LoRA().at("ffn.up[-1]")', 'LoRA().at("head")']
 
 

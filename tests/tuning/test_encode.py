@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltatune.errors import DeltaTuneError
-from deltatune.tasks import Prompt
-from deltatune.tuning.encode import IGNORED, Codec, Row, batches, collate, epoch_order, pad_inputs, sizes_of
+from deltatune.tasks import Prompt, task
+from deltatune.tuning.encode import (
+    IGNORED,
+    PADDED,
+    WINDOW,
+    Codec,
+    Row,
+    batches,
+    collate,
+    epoch_order,
+    pad_inputs,
+    sizes_of,
+    tokens_read,
+)
 from tests.tuning import backbones as tiny
 
 PROMPT = Prompt("the film was very good answer :", "not good")
@@ -121,12 +134,41 @@ def test_the_step_is_the_position_in_the_data(count: int, batch: int, start: int
     assert [next(from_zero) for _ in range(5)] == [next(from_start) for _ in range(5)]
 
 
-def test_order_depends_on_seed_and_epoch_and_saves_padding() -> None:
+def test_order_depends_on_seed_and_epoch() -> None:
     sizes = [(17 * index) % 199 + 1 for index in range(640)]
     orders = [epoch_order(sizes, 16, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert orders[0] != orders[1] and orders[0] != orders[2]
-    padded = sum(len(group) * max(sizes[index] for index in group) for group in orders[0])
-    assert padded < 1.1 * sum(sizes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 700), st.integers(1, 40), st.integers(0, 9))
+def test_padding_stays_within_its_bound_or_is_what_the_widest_window_leaves(
+    least: int, spread: int, count: int, batch: int, seed: int
+) -> None:
+    sizes = [least + (17 * index) % spread for index in range(count)]
+    own = tokens_read(epoch_order(sizes, batch, seed, 0), sizes)
+    shuffled = np.random.default_rng([seed, 0]).permutation(count).tolist()
+    sorted_widest: list[list[int]] = []
+    for first in range(0, count, WINDOW * batch):
+        part = sorted(shuffled[first : first + WINDOW * batch], key=lambda index: sizes[index])
+        sorted_widest += [part[cut : cut + batch] for cut in range(0, len(part), batch)]
+    assert own <= PADDED * sum(sizes) or own == tokens_read(sorted_widest, sizes)
+
+
+def test_rows_of_about_one_length_are_not_sorted() -> None:
+    """Sorting has a price in loss, so where it saves little the batches are those of rows of one length: random ones."""
+    sizes = [100 + index % 12 for index in range(640)]
+    alike, equal = (epoch_order(own, 8, 3, 1) for own in (sizes, [1] * 640))
+    assert [set(batch) for batch in alike] == [set(batch) for batch in equal]
+    unlike = epoch_order([1 + index % 200 for index in range(640)], 8, 3, 1)
+    assert [set(batch) for batch in unlike] != [set(batch) for batch in equal]
+
+
+@pytest.mark.parametrize("name", ["glue-sst2", "glue-rte"])
+def test_batches_of_a_real_task_are_within_the_bound_where_random_ones_are_not(shared_data, name: str) -> None:
+    sizes = [len(example.input.split()) for example in task(name).split("train")]
+    own, random = (tokens_read(epoch_order(by, 8, 0, 0), sizes) for by in (sizes, [1] * len(sizes)))
+    assert own <= PADDED * sum(sizes) and random > 1.35 * sum(sizes)
 
 
 def test_a_codec_names_a_missing_mask_token() -> None:

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 import deltatune as dt
 from deltatune.tuning.budget import beside, within
+from deltatune.tuning.deterministic import deterministic
 from deltatune.tuning.forecast import kind_of, made_up, writing
 from deltatune.tuning.ledger import Ledger, Shape, Trial, block_paths, ledger
-from deltatune.tuning.loop import deterministic
 from deltatune.tuning.memory import in_use, size
 from deltatune.tuning.precision import hold_in
 from deltatune.tuning.rates import Rates

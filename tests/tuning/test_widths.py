@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from deltatune.tuning.encode import IGNORED, Row, collate
-from deltatune.tuning.widths import INPUTS, LABELS, Widths, few
+from deltatune.tuning.encode import IGNORED, Row, collate, epoch_order
+from deltatune.tuning.widths import EXACT, INPUTS, LABELS, Widths, few
 
 
 def filled(sizes: list[int], widths: tuple[int, ...]) -> int:
@@ -38,10 +38,11 @@ def rows(causal: bool) -> list[Row]:
 @pytest.mark.parametrize("causal", [True, False])
 def test_all_batches_of_a_run_have_few_shapes_and_the_same_tokens(causal: bool) -> None:
     own = rows(causal)
-    widths = Widths.of(own)
+    first, later = (epoch_order([row.tokens for row in own], 4, seed=0, epoch=epoch) for epoch in (0, 1))
+    widths = Widths.of(own, first)
     shapes = set()
-    for first in range(0, 300, 4):
-        batch, tight = collate(own[first : first + 4], 0, widths=widths), collate(own[first : first + 4], 0)
+    for group in first + later:
+        batch, tight = (collate([own[index] for index in group], 0, widths=w) for w in (widths, EXACT))
         shapes.add((batch["input_ids"].shape, batch["labels"].shape))
         for name, fill in {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}.items():
             width = tight[name].shape[1]

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from deltatune.tasks import Prompt
 
 IGNORED = -100
-WINDOW = 16  # batches that are sorted by length together: wide enough to save padding, narrow enough to stay random
+WINDOW = 16  # the most batches that are sorted by length together: wider windows save hardly any padding
+PADDED = 1.25  # batches may read so many times the tokens of their rows: sorting costs loss, and stops where this holds
 
 Ids = tuple[int, ...]
 
@@ -158,8 +159,7 @@ def pad_inputs(inputs: Sequence[Ids], pad: int, left: bool = False, widths: Sequ
 def batches(sizes: Sequence[int], batch: int, seed: int, start: int = 0) -> Iterator[list[int]]:
     """Yield the indices of one batch after another, epoch after epoch, from step `start` on.
 
-    The order is a function of (seed, epoch) alone, so the step is the whole position in the data. Within an epoch the
-    examples are shuffled, sorted by size inside windows of `WINDOW` batches, cut into batches, and these shuffled.
+    The order is a function of (seed, epoch) alone, so the step is the whole position in the data.
     """
     per_epoch = -(-len(sizes) // batch)
     epoch, skip = divmod(start, per_epoch)
@@ -169,14 +169,32 @@ def batches(sizes: Sequence[int], batch: int, seed: int, start: int = 0) -> Iter
 
 
 def epoch_order(sizes: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return one epoch's batches of indices; every index occurs once and only one batch may be smaller."""
+    """Return one epoch's batches of indices; every index occurs once and only one batch may be smaller.
+
+    The examples are shuffled, sorted by size inside windows of as few batches as keep the padding within `PADDED`, of
+    `WINDOW` if none do, cut into batches, and these shuffled.
+    """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(sizes)).tolist()
-    groups: list[list[int]] = []
-    for first in range(0, len(order), WINDOW * batch):
-        window = sorted(order[first : first + WINDOW * batch], key=lambda index: sizes[index])
-        groups += [window[cut : cut + batch] for cut in range(0, len(window), batch)]
+    window, groups = 1, _sorted_in_windows(order, sizes, batch, 1)
+    while window < WINDOW and tokens_read(groups, sizes) > PADDED * sum(sizes):
+        window *= 2
+        groups = _sorted_in_windows(order, sizes, batch, window)
     return [groups[index] for index in random.permutation(len(groups)).tolist()]
+
+
+def tokens_read(groups: Sequence[Sequence[int]], sizes: Sequence[int]) -> int:
+    """Return how many tokens batches read, each as wide as its longest row."""
+    return sum(len(group) * max(sizes[index] for index in group) for group in groups)
+
+
+def _sorted_in_windows(order: Sequence[int], sizes: Sequence[int], batch: int, window: int) -> list[list[int]]:
+    """Return an order cut into batches after each `window` batches of it have been sorted by size."""
+    groups: list[list[int]] = []
+    for first in range(0, len(order), window * batch):
+        part = sorted(order[first : first + window * batch], key=lambda index: sizes[index])
+        groups += [part[cut : cut + batch] for cut in range(0, len(part), batch)]
+    return groups
 
 
 def rectangle(rows: Sequence[Ids], fill: int, left: bool = False, widths: Sequence[int] = ()) -> Tensor:

@@ -30,7 +30,7 @@ from deltatune.core.site import anatomy
 from deltatune.core.stored import Values
 from deltatune.core.weights import Weights, fingerprint
 from deltatune.errors import DeltaTuneError
-from deltatune.tuning.loop import deterministic
+from deltatune.tuning.deterministic import deterministic
 from deltatune.tuning.loss import Loss, OwnLoss, TokenLoss, read_loss
 from deltatune.tuning.optim import make_optimizer
 from deltatune.tuning.precision import hold_in

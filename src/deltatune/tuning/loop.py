@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltatune.backbones.products import compiled, products
+from deltatune.backbones.products import compiled
 from deltatune.core.attach import Attachment
 from deltatune.core.casts import Casts
 from deltatune.core.motion import advance, drawn, moving, penalty, rates
@@ -35,6 +34,7 @@ from deltatune.tuning.checkpoint import (
     write_checkpoint,
 )
 from deltatune.tuning.compiled import training_loss
+from deltatune.tuning.deterministic import deterministic
 from deltatune.tuning.encode import Row, batches, collate, epoch_order, sizes_of
 from deltatune.tuning.loss import Loss
 from deltatune.tuning.memory import Peak, in_use
@@ -99,7 +99,8 @@ class Loop:
         self.cache: Cache | NoCache = NoCache("runs that train together keep none")
         self.held: list[Tensor] = [*self.parameters, *moving(self.attachment)]
         self.casts = Casts(self.attachment, computes_in(self.recipe.precision))
-        self.widths = Widths.of(self.rows) if compiled(self.recipe.precision, self.device) else EXACT
+        self.first = epoch_order(sizes_of(self.rows), self.recipe.batch, self.seed, 0)
+        self.widths = Widths.of(self.rows, self.first) if compiled(self.recipe.precision, self.device) else EXACT
         self.optimizer = make_optimizer(self.recipe, self.parameters, rates(self.attachment))
         self.rate = learning_rate(self.recipe)
         self.best: list[Tensor] = []
@@ -129,8 +130,7 @@ class Loop:
 
     def prepare(self) -> None:
         """Find out what of each step can be spared on this backbone with this delta."""
-        first = epoch_order(sizes_of(self.rows), self.recipe.batch, self.seed, 0)
-        data = Data(self.rows, first, self.batch)
+        data = Data(self.rows, self.first, self.batch)
         self.model.eval()  # what is tried draws no random numbers, which a continued run would miss
         self.loss = training_loss(self.model, data.batch(data.probe), self.recipe.compiler, self.widths)
         self.cache = frozen_cache(self.model, data, self.recipe, self.bound, self.folder)
@@ -269,23 +269,6 @@ class Loop:
             f"{what} at step {self.progress.step + 1} (learning rate {rate:.3g}; losses before it: {before}). "
             f"Try {', '.join(cures[:-1])} or {cures[-1]}."
         )
-
-
-@contextlib.contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
-    """Let torch use only kernels that repeat bit for bit, and fast products; on a GPU the former would cost speed."""
-    settings: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filling = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(before[0] or device.type == "cpu", warn_only=True)
-    # Filling every new tensor guards against reading it too early; nothing here does, and it costs a write each.
-    settings.fill_uninitialized_memory = False
-    try:
-        with products(device):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        settings.fill_uninitialized_memory = filling
 
 
 def named(tensors: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -19,8 +19,9 @@ from deltatune.core.motion import penalty
 from deltatune.core.route import Pool, pool
 from deltatune.errors import DeltaTuneError
 from deltatune.files import write_json
+from deltatune.tuning.deterministic import deterministic
 from deltatune.tuning.encode import Row, collate
-from deltatune.tuning.loop import Loop, NonFiniteLoss, deterministic
+from deltatune.tuning.loop import Loop, NonFiniteLoss
 from deltatune.tuning.loss import cross_entropy
 from deltatune.tuning.recipe import Run
 from deltatune.tuning.run import FAILURE, Session, claim, conclude, finished

@@ -31,11 +31,13 @@ class Widths:
     tokens: tuple[int, ...] = ()
 
     @staticmethod
-    def of(rows: Sequence[Row]) -> Widths:
-        """Choose widths for batches of rows of about one length; labels along the inputs have those of the inputs."""
-        inputs, labels = [len(row.input) for row in rows], [len(row.labels) for row in rows]
+    def of(rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> Widths:
+        """Choose widths for an epoch's batches of indices, and others like them; labels along the inputs have the inputs'."""
+        inputs = [max(len(rows[index].input) for index in group) for group in groups]
+        labels = [max(len(rows[index].labels) for index in group) for group in groups]
+        tokens = [sum(len(rows[index].input) for index in group) for group in groups]
         chosen = few(inputs, INPUTS)
-        return Widths(chosen, chosen if inputs == labels else few(labels, LABELS))
+        return Widths(chosen, chosen if inputs == labels else few(labels, LABELS), few(tokens, INPUTS))
 
 
 EXACT = Widths()
