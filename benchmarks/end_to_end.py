@@ -13,8 +13,8 @@ backbone in the float type that it is stored in: `t5-seed` in bf16, the fresh Ll
 Time is CPU time of one thread, from before the backbone is loaded to after the weights are saved. Memory is what the process holds
 at its peak beyond what it holds with everything imported (torch, transformers, peft), files not counted. The loss is that of 64
 dev examples, per token, measured in fp32 from what was saved; its change against the other way is to be read beside the spread of
-the seeds, the larger one of both. Each finished training is kept until all are done, so that a run which was broken off goes on
-where it was.
+the seeds, the larger one of both, and on the mean of tasks and seeds beside its standard error. Each finished training is kept
+until all are done, so that a run which was broken off goes on where it was.
 """
 
 from __future__ import annotations
@@ -141,7 +141,10 @@ def tables(result: Result) -> list[Table]:
     for model, over in groups:
         own = [pair for pair in pairs if (pair["model"], pair["over"]) == (model, over)]
         times, memory = ([pair[f"{what}_ratio"] for pair in own] for what in ("seconds", "bytes"))
-        whole.append((f"{model}: {over}", *map(_mean_and_range, (times, memory))))
+        changes = _changes(result["rows"], model, over)
+        error = stdev(changes) / math.sqrt(len(changes))
+        loss = f"{fmean(changes):+.3f} ± {error:.3f}"
+        whole.append((f"{model}: {over}", *map(_mean_and_range, (times, memory)), loss))
     single = [
         (
             f"{pair['model']}, {pair['task']}: {pair['over']}",
@@ -155,9 +158,15 @@ def tables(result: Result) -> list[Table]:
     ]
     columns = ("", "time", "memory")
     return [
-        Table("Another way / deltatune, geometric mean over the tasks (range)", columns, whole),
+        Table("Another way / deltatune, geometric mean over the tasks (range)", (*columns, "change of loss"), whole),
         Table("Another way / deltatune, task by task", (*columns, "loss", "change", "spread"), single),
     ]
+
+
+def _changes(rows: list[dict[str, Any]], model: str, over: str) -> list[float]:
+    """Return how much higher deltatune's loss is than another way's, for each task and seed."""
+    losses = {(row["who"], row["task"], row["seed"]): row["loss"] for row in rows if row["model"] == model}
+    return [loss - losses[over, *key] for (who, *key), loss in losses.items() if who == OURS]
 
 
 def _mean_and_range(values: list[float]) -> str:
