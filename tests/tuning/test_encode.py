@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -165,7 +167,10 @@ def test_rows_of_about_one_length_are_not_sorted() -> None:
 
 
 @pytest.mark.parametrize("name", ["glue-sst2", "glue-rte"])
-def test_batches_of_a_real_task_are_within_the_bound_where_random_ones_are_not(shared_data, name: str) -> None:
+def test_batches_of_a_real_task_are_within_the_bound_where_random_ones_are_not(
+    shared_data: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELTATUNE_DATA", str(shared_data))
     sizes = [len(example.input.split()) for example in task(name).split("train")]
     own, random = (tokens_read(epoch_order(by, 8, 0, 0), sizes) for by in (sizes, [1] * len(sizes)))
     assert own <= PADDED * sum(sizes) and random > 1.35 * sum(sizes)
