@@ -1,12 +1,13 @@
 """What each way to spare work and memory gives, alone and with those before it: LoRA of rank 8 on every linear of a Llama.
 
-The first row has none of them: LoRA as three products of autograd, the loss of all logits, everything in fp32. Eight tokens
-of each row are answers whose labels count, as in a task.
+The first row has none of them: LoRA as three products of autograd, the loss of all logits, everything in fp32. The last eight tokens
+of each row are answers whose labels count, as in a task, and rows are of unlike length: a fifth of the batch is padding.
 
 - *Fused LoRA* makes the input of a layer again in the backward pass instead of keeping it, writes over the layer's output, and
   has the short side of every product in front.
 - *One backward* sums the gradients of a layer's input in one place; it needs fused LoRA.
 - *Answers only* computes the last feed-forward layer, the head and the loss for the tokens whose labels count.
+- *No padding* computes the other feed-forward layers for the tokens that are there; it needs what answers only is part of.
 - *Lean norms* computes a norm and its gradient in one function each, instead of operation by operation.
 - *Gated product* computes silu(g) u in one function, which keeps two tensors where its parts keep three.
 - *oneDNN products* asks oneDNN for products in fp32 too, where it is exact, and attends by them.
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,13 +43,13 @@ from deltatune.backbones.products import products
 from deltatune.core.casts import Casts
 from deltatune.core.ports import BaseView
 from deltatune.tuning.encode import IGNORED
-from deltatune.tuning.loss import OwnLoss, make_loss
+from deltatune.tuning.loss import Loss, OwnLoss, TokenLoss, make_loss
 
-FUSED, BACKWARD, ANSWERS, LEAN = "fused LoRA", "one backward", "answers only", "lean norms"
+FUSED, BACKWARD, ANSWERS, PADDING, LEAN = "fused LoRA", "one backward", "answers only", "no padding", "lean norms"
 GATED, PRODUCTS, BF16 = "gated product", "oneDNN products", "bf16"
-TRICKS = (FUSED, BACKWARD, ANSWERS, LEAN, GATED, PRODUCTS, BF16)
+TRICKS = (FUSED, BACKWARD, ANSWERS, PADDING, LEAN, GATED, PRODUCTS, BF16)
 FINDS = {LEAN: norm, GATED: gated}
-ALONE = {name: (name,) for name in TRICKS} | {BACKWARD: (FUSED, BACKWARD)}
+ALONE = {name: (name,) for name in TRICKS} | {BACKWARD: (FUSED, BACKWARD), PADDING: (ANSWERS, PADDING)}
 TOGETHER = {name: TRICKS[: place + 1] for place, name in enumerate(TRICKS)}
 
 
@@ -84,10 +85,8 @@ def contestant(shape: Shape, tricks: tuple[str, ...]) -> Contestant:
     if BF16 in tricks or PRODUCTS in tricks:
         attend_densely(model)
     ids = shape.ids(shape.rows, shape.tokens)
-    labels = ids.clone()
-    labels[:, : -shape.answers] = IGNORED
-    batch = {"input_ids": ids, "labels": labels}
-    loss = make_loss(model, batch) if ANSWERS in tricks else OwnLoss(model)
+    batch = padded(ids, shape.answers)
+    loss = answers_only(model, batch, tricks) if ANSWERS in tricks else OwnLoss(model)
 
     casts = Casts(attachment, next(model.model.parameters()).dtype)
 
@@ -102,6 +101,21 @@ def contestant(shape: Shape, tricks: tuple[str, ...]) -> Contestant:
 
     scope = partial(products, ids.device) if PRODUCTS in tricks else nullcontext
     return Contestant(step, list(attachment.parameters()), model, str(attachment.delta), scope)
+
+
+def padded(ids: Tensor, answers: int) -> dict[str, Tensor]:
+    """Return a batch of rows from the whole width down to three fifths of it, each of which ends in an answer."""
+    ends = torch.linspace(ids.shape[1], 0.6 * ids.shape[1], len(ids), device=ids.device).long()[:, None]
+    place = torch.arange(ids.shape[1], device=ids.device)
+    asked = (place < ends) & (place >= ends - answers)
+    return {"input_ids": ids, "attention_mask": (place < ends).long(), "labels": ids.masked_fill(~asked, IGNORED)}
+
+
+def answers_only(model: Any, batch: dict[str, Tensor], tricks: tuple[str, ...]) -> Loss:
+    """Return the loss of `tune`, which looks at what padding there is or not."""
+    loss = make_loss(model, batch)
+    assert isinstance(loss, TokenLoss)
+    return loss if PADDING in tricks else replace(loss, reading=replace(loss.reading, others=()))
 
 
 def measure(shape: Shape) -> Result:
