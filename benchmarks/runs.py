@@ -29,7 +29,7 @@ from deltatune.tuning import Recipe, Run, tune
 from deltatune.tuning.answers import make_rows
 from deltatune.tuning.encode import Codec, Row, collate
 
-OURS, PEER, TUNED = "deltatune", "Trainer + peft", "the same, tuned"
+OURS, PEER, TUNED, FP32 = "deltatune", "Trainer + peft", "the same, tuned", "the same, in fp32"
 LORA = dt.LoRA(rank=RANK, alpha=ALPHA).at("{attn.{q,k,v,o},cross.{q,k,v,o}?,ffn.{gate?,up,down}}")
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
@@ -81,12 +81,12 @@ def by_deltatune(job: Job, folder: Path) -> None:
     tune(Run(str(LORA), job.backbone, job.task, job.recipe, job.seed), folder)
 
 
-def by_trainer(job: Job, folder: Path, **more: Any) -> None:
-    """Train with transformers' Trainer and peft, as they come but for what the recipe says too."""
+def by_trainer(job: Job, folder: Path, dtype: str = "auto", **more: Any) -> None:
+    """Train with transformers' Trainer and peft, as they come but for what the recipe says too, the backbone held in `dtype`."""
     import peft
     import transformers
 
-    backbone = loaded(job.backbone)
+    backbone = loaded(job.backbone, dtype)
     rows = [_features(row) for row in _rows(job, backbone, task(job.task).split("train"))]
     kind = "SEQ_2_SEQ_LM" if backbone.kind == "seq2seq" else "CAUSAL_LM"
     transformers.set_seed(job.seed)
@@ -116,11 +116,12 @@ WAYS: dict[str, Callable[[Job, Path], None]] = {
     OURS: by_deltatune,
     PEER: by_trainer,
     TUNED: lambda job, folder: by_trainer(job, folder, train_sampling_strategy="group_by_length", bf16=True),
+    FP32: lambda job, folder: by_trainer(job, folder, "float32"),
 }
 
 
-def loaded(name: str) -> Backbone:
-    """Return a backbone as transformers loads it by itself, in the float type that it is stored in; fresh ones are in fp32."""
+def loaded(name: str, dtype: str) -> Backbone:
+    """Return a backbone as transformers loads it, by itself ("auto") in the float type it is stored in; fresh ones are in fp32."""
     import transformers
 
     source = find(name)
@@ -130,7 +131,7 @@ def loaded(name: str) -> Backbone:
     kind = "seq2seq" if config.is_encoder_decoder else "causal"
     auto: Any = transformers.AutoModelForSeq2SeqLM if kind == "seq2seq" else transformers.AutoModelForCausalLM
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder)
-    return Backbone(name, auto.from_pretrained(source.folder), tokenizer, kind, "")
+    return Backbone(name, auto.from_pretrained(source.folder, dtype=dtype), tokenizer, kind, "")
 
 
 def _rows(job: Job, backbone: Backbone, examples: list[Example]) -> list[Row]:
