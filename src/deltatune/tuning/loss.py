@@ -188,7 +188,8 @@ def make_loss(model: Any, batch: Batch, inside: bool = True, widths: Widths = EX
         close = max(torch.finfo(y.dtype).eps for y in (plain.logits, plain.loss)) ** 0.5
         whole = replace(reading, others=())
         padded = "attention_mask" in batch and not batch["attention_mask"].all()  # otherwise it would not show
-        for one in (reading if padded else whole, whole, replace(whole, ffn=None))[0 if inside else 2 :]:
+        ways = (reading if padded else whole, whole) if inside else ()
+        for one in (*ways, replace(whole, ffn=None)):
             loss = TokenLoss(model, one, few=1)
             if torch.isclose(loss(batch).to(plain.loss.dtype), plain.loss, rtol=close, atol=close):
                 return TokenLoss(model, one, widths=widths)
