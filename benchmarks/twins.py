@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import deltatune as dt
 from benchmarks.shape import LlamaShape
 from benchmarks.training import Contestant, training
-from deltatune.backbones.dense import attend_densely
-from deltatune.backbones.lean import make_lean
+from deltatune.backbones.fast import lean
 from deltatune.backbones.products import products
 from deltatune.tuning.compiled import training_loss
 
@@ -80,8 +79,7 @@ def with_delta(model: nn.Module, ids: Tensor, delta: Any) -> Contestant:
 
 def with_tune(model: nn.Module, ids: Tensor, delta: Any, compiler: str = "none") -> Contestant:
     """Train a delta as the loop of `tune` does: on the lean backbone, with its products and the loss of the labels that count."""
-    make_lean(model)
-    attend_densely(model)
+    lean(model)
     attachment, batch = dt.attach(model, delta), {"input_ids": ids, "labels": ids}
     loss = training_loss(model, {name: given[:2] for name, given in batch.items()}, compiler)
     scope = partial(products, ids.device)

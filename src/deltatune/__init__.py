@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deltatune.backbones.fast import lean
     from deltatune.backbones.load import Backbone, load_backbone
+    from deltatune.backbones.products import products
     from deltatune.core.arithmetic import combine, negate, slerp
     from deltatune.core.attach import Attachment, attach, attachments
     from deltatune.core.compare import Comparison, compare
@@ -60,6 +62,8 @@ _HOMES = {
     "core.weights": ("Fingerprint", "Weights", "fingerprint", "init"),
     "errors": ("DeltaTuneError",),
     "backbones.load": ("Backbone", "load_backbone"),
+    "backbones.fast": ("lean",),
+    "backbones.products": ("products",),
     "core.evidence": ("evidence", "needs"),
     "core.motion": ("advance", "drawn", "penalty", "rates"),
 }

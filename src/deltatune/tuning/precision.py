@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from deltatune.backbones import Backbone, load
-from deltatune.backbones.dense import attend_densely
-from deltatune.backbones.lean import make_lean
+from deltatune.backbones.fast import lean
 from deltatune.tuning import heap
 
 HELD: dict[str, tuple[str, str | None]] = {  # how `load` is asked for it: a float type, and a quantisation
@@ -54,11 +53,9 @@ def computes_in(precision: str) -> torch.dtype:
 
 def hold_in(model: nn.Module, precision: str) -> None:
     """Let a model that is loaded, or planned, compute as `precision` says; numbers in 8 bits are planned as bfloat16."""
-    make_lean(model)
+    lean(model)
     if HELD[precision][0] == "bfloat16" and all(p.dtype == torch.float32 for p in model.parameters()):
         model.to(torch.bfloat16)
-    if next(model.parameters()).device.type == "cpu":
-        attend_densely(model)
 
 
 def device() -> torch.device:
