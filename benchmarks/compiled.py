@@ -3,7 +3,7 @@
 The step is that of `step`: a Llama's loss forward and backward, without an optimizer, on a GPU at the shape of a model of a billion
 parameters in bf16. `tune` is the step of deltatune's own loop, with `compiler = "inductor"` where it is compiled; peft's model is
 given to `torch.compile` as a whole. All take turns in one process; told in units of the frozen-backbone limit, which is not compiled.
-`first` is what the first step takes, in which the code is written and built.
+`first` is what the first step takes, in which the code is written and built, unless torch's cache on disk holds it from an earlier run.
 """
 
 from __future__ import annotations
