@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltatune.backbones.products import MATMUL, ROUNDED, UNSET, _exact, asked, compiled, few_rows, products, trusted
+from deltatune.backbones.products import MATMUL, ROUNDED, UNSET, _exact, asked, few_rows, priced, products, trusted
 
 CPU = torch.device("cpu")
 SHAPES = [(512, 768, 768), (512, 2048, 768), (328, 512, 1024), (64, 768, 8), (8, 768, 512), (3, 17, 5)]
@@ -40,7 +40,7 @@ def test_products_are_those_of_float32(shape: tuple[int, int, int]) -> None:
 def test_the_scope_leaves_no_setting_behind() -> None:
     for _ in range(2):
         with products(CPU), products(CPU):
-            assert compiled("fp32", CPU) == asked(), "it is compiled where it is asked for, in the scope as before it"
+            assert priced("fp32", CPU) == asked(), "it is compiled where it is asked for, in the scope as before it"
         assert MATMUL.fp32_precision == UNSET
     with pytest.raises(ZeroDivisionError), products(CPU):
         raise ZeroDivisionError
@@ -60,7 +60,7 @@ def test_what_a_user_has_set_stays() -> None:
     MATMUL.fp32_precision = "ieee"
     with products(CPU), few_rows():
         assert MATMUL.fp32_precision == "ieee"
-    assert not compiled("fp32", CPU) and compiled("bf16", CPU)
+    assert not priced("fp32", CPU) and priced("bf16", CPU)
 
 
 def test_it_is_tried_against_torchs_own_choice_whatever_is_set() -> None:
@@ -68,14 +68,14 @@ def test_it_is_tried_against_torchs_own_choice_whatever_is_set() -> None:
     for precision in (UNSET, ROUNDED):
         _exact.cache_clear()
         MATMUL.fp32_precision = precision
-        found.append(compiled("fp32", CPU))
+        found.append(priced("fp32", CPU))
     assert found[0] == found[1]
 
 
 def test_other_devices_are_left_alone() -> None:
     with products(torch.device("cuda")):
         assert MATMUL.fp32_precision == UNSET
-    assert not compiled("fp32", torch.device("cuda"))
+    assert not priced("fp32", torch.device("cuda"))
 
 
 def test_gradients_are_computed_in_the_scope_too() -> None:

@@ -55,9 +55,9 @@ def attention(
 
 def _slow(query: Tensor, key: Tensor) -> bool:
     """Whether torch's own kernel takes longer."""
-    if query.device.type != "cpu" or query.dtype != torch.float32:
-        return query.device.type == "cpu" and query.dtype == torch.bfloat16
-    return asked() and key.shape[2] <= SHORT
+    if query.device.type != "cpu":
+        return False
+    return query.dtype == torch.bfloat16 or (query.dtype == torch.float32 and asked() and key.shape[2] <= SHORT)
 
 
 def _is_causal(module: Any, said: bool | None) -> bool:

@@ -13,11 +13,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from deltatune.core.fused import Remade, eager
+from deltatune.core.fused import Remade, recorded
 from deltatune.core.ports import watched
 
 WIDTH = 4
@@ -61,7 +60,7 @@ class Gated(nn.Module):
         gate, up, down, act = (cast(nn.Module, self._modules[name]) for name in self._names)
         g, u = gate(x), up(x)
         plain = type(act) is self._kind and not watched(act)  # nobody else has a hand in it
-        if plain and g.dtype == u.dtype and torch.is_grad_enabled() and eager() and forward_ad._current_level < 0:
+        if plain and g.dtype == u.dtype and recorded():
             return down(GatedProduct.apply(g, u))
         return down(act(g) * u)
 

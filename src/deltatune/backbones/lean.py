@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from deltatune.backbones.gated import gated
-from deltatune.core.fused import Remade, eager
+from deltatune.core.fused import Remade, recorded
 
 WIDTH = 8
 
@@ -103,7 +103,7 @@ class Norm(nn.Module):
         self.weight, self.eps = weight, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and eager():
+        if recorded():
             return cast(Tensor, RootMeanSquare.apply(x, self.weight, self.eps))
         return _normed(x, _scale(x, self.eps)) * self.weight
 

@@ -39,7 +39,7 @@ def few_rows() -> Iterator[None]:
         yield
 
 
-def compiled(precision: str, device: torch.device) -> bool:
+def priced(precision: str, device: torch.device) -> bool:
     """Whether products in that precision have a price for each shape: oneDNN compiles them."""
     return precision != "fp32" or _faster(device)
 

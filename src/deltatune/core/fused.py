@@ -26,9 +26,14 @@ def eager() -> bool:
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
-def fusible() -> bool:
+def recorded() -> bool:
     """Whether gradients are recorded in the ordinary way; a compiler, `torch.func` and forward mode take the plain path."""
-    fused = torch.is_grad_enabled() and eager() and forward_ad._current_level < 0
+    return torch.is_grad_enabled() and eager() and forward_ad._current_level < 0
+
+
+def fusible() -> bool:
+    """Whether a method may take its fused path, as `recorded` says; who is `noting` hears of it."""
+    fused = recorded()
     for note in _notes:
         note(fused)
     return fused

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltatune.backbones.products import compiled
+from deltatune.backbones.products import priced
 from deltatune.core.attach import Attachment
 from deltatune.core.casts import Casts
 from deltatune.core.motion import advance, drawn, moving, penalty, rates
@@ -99,8 +99,9 @@ class Loop:
         self.cache: Cache | NoCache = NoCache("runs that train together keep none")
         self.held: list[Tensor] = [*self.parameters, *moving(self.attachment)]
         self.casts = Casts(self.attachment, computes_in(self.recipe.precision))
-        self.first = epoch_order(sizes_of(self.rows), self.recipe.batch, self.seed, 0)
-        self.widths = Widths.of(self.rows, self.first) if compiled(self.recipe.precision, self.device) else EXACT
+        self.sizes = sizes_of(self.rows)
+        self.first = epoch_order(self.sizes, self.recipe.batch, self.seed, 0)
+        self.widths = Widths.of(self.rows, self.first) if priced(self.recipe.precision, self.device) else EXACT
         self.optimizer = make_optimizer(self.recipe, self.parameters, rates(self.attachment))
         self.rate = learning_rate(self.recipe)
         self.best: list[Tensor] = []
@@ -125,7 +126,7 @@ class Loop:
 
     def order(self) -> Iterator[list[Row]]:
         """Yield the batches from the step that the run is at."""
-        for batch in batches(sizes_of(self.rows), self.recipe.batch, self.seed, self.progress.step):
+        for batch in batches(self.sizes, self.recipe.batch, self.seed, self.progress.step):
             yield [self.rows[index] for index in batch]
 
     def prepare(self) -> None:

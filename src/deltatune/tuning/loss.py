@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from deltatune.core.attach import attachments, edited
 from deltatune.core.calls import Ports, run
 from deltatune.core.ports import PORTS, Edit
-from deltatune.core.site import Anatomy, Place, anatomy
+from deltatune.core.site import Anatomy, Place, Site, anatomy
 from deltatune.core.stored import storage
 from deltatune.tuning.encode import IGNORED
 from deltatune.tuning.tokens import Tokens, present
@@ -226,22 +226,28 @@ def _reading(model: Any) -> Reading | None:
     if not known or _has_pre(head):
         return None
     last, ffns = (stack.name, stack.layers - 1), [place for place in parts.places if place.role == "ffn"]
-    ends = {place: _ends(model, parts, place) for place in ffns}
-    at_last = [ends[place] for place in ffns if (place.stack, place.layer) == last]
-    others = [ends[place] for place in ffns if place.stack == first.name and (place.stack, place.layer) != last]
+    whole = _whole(model, parts)
+    ends = {place: None if _layer(place) in whole else _ends(model, place) for place in ffns}
+    at_last = [ends[place] for place in ffns if _layer(place) == last]
+    others = [ends[place] for place in ffns if place.stack == first.name and _layer(place) != last]
     ffn = at_last[0] if len(at_last) == 1 else None
     return Reading(head, ffn, stack.causal and not decodes, decodes, tuple(filter(None, others)))
 
 
-def _ends(model: Any, parts: Anatomy, place: Place) -> Ends | None:
-    """Return where a feed-forward layer begins and ends, or None where it has to see all tokens."""
-    layer = (place.stack, place.layer)
+def _layer(place: Place | Site) -> tuple[str, int | None]:
+    return place.stack, place.layer
+
+
+def _whole(model: Any, parts: Anatomy) -> set[tuple[str, int | None]]:
+    """Return the layers that have to see all tokens: a method counts them there, or the block is run again, without these ports."""
     placements = [p for attached in attachments(model).values() for p in attached.placements]
-    counting = any(p.method.computes.acts == "positions" and (p.site.stack, p.site.layer) == layer for p in placements)
-    blocks = [model.get_submodule(block.path) for block in parts.blocks if (block.stack, block.layer) == layer]
-    again = any(vars(block)[PORTS].around for block in blocks if PORTS in vars(block))
-    if counting or again:  # a block that is run again does so without the ports of this pass
-        return None
+    counting = {_layer(p.site) for p in placements if p.method.computes.acts == "positions"}
+    blocks = [(place, vars(model.get_submodule(place.path))) for place in parts.blocks]
+    return counting | {_layer(place) for place, own in blocks if PORTS in own and own[PORTS].around}
+
+
+def _ends(model: Any, place: Place) -> Ends | None:
+    """Return where a feed-forward layer begins and ends, or None where something else keeps what goes into it."""
     enter, leave = model.get_submodule(place.path), model.get_submodule(place.exit or place.path)
     return (enter, leave) if enter is leave or not _has_pre(enter) else None
 
