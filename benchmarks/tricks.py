@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 import deltatune as dt
 from benchmarks.benchmark import Benchmark, Result, Table
@@ -42,6 +41,7 @@ from deltatune.backbones.lean import make_lean, norm
 from deltatune.backbones.products import products
 from deltatune.core.casts import Casts
 from deltatune.core.ports import BaseView
+from deltatune.methods import _low_rank
 from deltatune.tuning.encode import IGNORED
 from deltatune.tuning.loss import Loss, OwnLoss, TokenLoss, make_loss
 
@@ -60,6 +60,17 @@ class Shape(LlamaShape):
     rows: int
     tokens: int
     answers: int
+
+
+@contextmanager
+def without_fused_lora() -> Iterator[None]:
+    """The scope in which LoRA is three products of autograd."""
+    before = _low_rank.fusible
+    _low_rank.fusible = lambda: False
+    try:
+        yield
+    finally:
+        _low_rank.fusible = before
 
 
 @contextmanager
@@ -93,7 +104,7 @@ def contestant(shape: Shape, tricks: tuple[str, ...]) -> Contestant:
     def step() -> Tensor:
         with ExitStack() as scopes:
             if FUSED not in tricks:
-                scopes.enter_context(forward_ad.dual_level())
+                scopes.enter_context(without_fused_lora())
             if BACKWARD not in tricks:
                 scopes.enter_context(without_one_backward())
             scopes.enter_context(casts.made())
