@@ -38,9 +38,9 @@ from benchmarks.twins import LORA
 from deltatune.backbones.dense import attend_densely
 from deltatune.backbones.gated import gated
 from deltatune.backbones.lean import make_lean, norm
-from deltatune.backbones.products import products
 from deltatune.core.casts import Casts
 from deltatune.core.ports import BaseView
+from deltatune.core.products import products
 from deltatune.methods import _low_rank
 from deltatune.tuning.encode import IGNORED
 from deltatune.tuning.loss import Loss, OwnLoss, TokenLoss, make_loss

@@ -13,7 +13,7 @@ import deltatune as dt
 from benchmarks.shape import LlamaShape
 from benchmarks.training import Contestant, training
 from deltatune.backbones.fast import lean
-from deltatune.backbones.products import products
+from deltatune.core.products import products
 from deltatune.tuning.compiled import training_loss
 
 EVERY_LINEAR = "{attn.{q,k,v,o},ffn.{gate,up,down}}"

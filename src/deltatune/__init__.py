@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deltatune.backbones.fast import lean
     from deltatune.backbones.load import Backbone, load_backbone
-    from deltatune.backbones.products import products
     from deltatune.core.arithmetic import combine, negate, slerp
     from deltatune.core.attach import Attachment, attach, attachments
     from deltatune.core.compare import Comparison, compare
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from deltatune.core.flatten import flatten
     from deltatune.core.join import join
     from deltatune.core.merge import Merged, merge, merge_
+    from deltatune.core.products import products
     from deltatune.core.report import Report
     from deltatune.core.route import Pool, pool
     from deltatune.core.store import load, save
@@ -63,7 +63,7 @@ _HOMES = {
     "errors": ("DeltaTuneError",),
     "backbones.load": ("Backbone", "load_backbone"),
     "backbones.fast": ("lean",),
-    "backbones.products": ("products",),
+    "core.products": ("products",),
     "core.evidence": ("evidence", "needs"),
     "core.motion": ("advance", "drawn", "penalty", "rates"),
 }

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import deltatune as dt
 from deltatune.backbones import dense
 from deltatune.backbones.dense import Dense, attend_densely
-from deltatune.backbones.products import ROUNDED, saying
+from deltatune.core.products import ROUNDED, saying
 from tests import tiny
 
 SHAPES = {"whole": 1 << 20, "row by row": 1}

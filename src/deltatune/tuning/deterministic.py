@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deltatune.backbones.products import products
+from deltatune.core.products import products
 
 
 @contextlib.contextmanager

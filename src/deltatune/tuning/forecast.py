@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from deltatune.backbones.load import Kind, skeleton
-from deltatune.backbones.products import few_rows, products
 from deltatune.core.delta import Delta
+from deltatune.core.products import few_rows, products
 from deltatune.core.site import anatomy
 from deltatune.tuning.budget import within
 from deltatune.tuning.encode import IGNORED, Ids, Row, batches, sizes_of

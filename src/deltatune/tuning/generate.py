@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from deltatune.backbones.products import few_rows
+from deltatune.core.products import few_rows
 from deltatune.errors import DeltaTuneError
 from deltatune.tuning.encode import Ids, pad_inputs
 

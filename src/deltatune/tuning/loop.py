@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltatune.backbones.products import priced
 from deltatune.core.attach import Attachment
 from deltatune.core.casts import Casts
 from deltatune.core.motion import advance, drawn, moving, penalty, rates
+from deltatune.core.products import priced
 from deltatune.errors import DeltaTuneError
 from deltatune.tuning.cache import Bound, Cache, Data, NoCache, frozen_cache
 from deltatune.tuning.checkpoint import (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deltatune.backbones.products import products
+from deltatune.core.products import products
 from deltatune.tuning.tally import Work
 
 ROWS, WIDTH = 512, 1024  # of the product that is measured: tokens of a small batch, and a usual width

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from deltatune.backbones.products import products
+from deltatune.core.products import products
 from deltatune.tuning.encode import IGNORED, Ids, Row, pad_inputs, rectangle
 
 if TYPE_CHECKING:

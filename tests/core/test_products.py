@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltatune.backbones.products import MATMUL, ROUNDED, UNSET, _exact, asked, few_rows, priced, products, trusted
+from deltatune.core.products import (
+    LIGHT,
+    MATMUL,
+    ROUNDED,
+    UNSET,
+    Light,
+    _exact,
+    asked,
+    few_rows,
+    priced,
+    products,
+    trusted,
+)
 
 CPU = torch.device("cpu")
 SHAPES = [(512, 768, 768), (512, 2048, 768), (328, 512, 1024), (64, 768, 8), (8, 768, 512), (3, 17, 5)]
@@ -95,3 +107,23 @@ def test_a_product_is_trusted_where_it_is_another_one_and_exact() -> None:
     assert not trusted(usual, (A.bfloat16().float() @ B.bfloat16().float()), exact)
     assert not trusted(usual, (A.bfloat16() @ B.bfloat16()).float(), exact)
     assert ROUNDED != UNSET
+
+
+def test_products_of_few_numbers_are_float32s_and_torchs_own() -> None:
+    few, many = torch.randn(8, 64), torch.randn(8, LIGHT)
+    with products(CPU):
+        before = MATMUL.fp32_precision
+        with Light(few.bfloat16(), few) as (small, same):
+            assert small.dtype == torch.float32 and same is few and MATMUL.fp32_precision == UNSET
+        assert MATMUL.fp32_precision == before
+        with Light(few.bfloat16(), many.bfloat16()) as found:
+            assert [t.dtype for t in found] == [torch.bfloat16, torch.bfloat16] and MATMUL.fp32_precision == before
+        with Light(few.double()) as (wide,):
+            assert wide.dtype == torch.float64
+        with pytest.raises(ZeroDivisionError), Light(few):
+            raise ZeroDivisionError
+        assert MATMUL.fp32_precision == before
+    MATMUL.fp32_precision = "ieee"
+    with products(CPU), Light(few):
+        assert MATMUL.fp32_precision == "ieee"
+    assert MATMUL.fp32_precision == "ieee"

@@ -1,8 +1,10 @@
-"""Matrix products in float32 on a CPU, computed by the library that uses the whole of it.
+"""Matrix products on a CPU, computed by the library that does it in the least time.
 
-torch asks MKL for them, which uses half of the vector unit of an AMD processor with AVX-512, and oneDNN for products in bfloat16.
-Allowed to round float32 to bfloat16, it asks oneDNN for both; and oneDNN rounds only where a processor multiplies bfloat16 in
-tiles. Whether products are then others, and exact, shows on numbers.
+torch asks MKL for those in float32, which uses half of the vector unit of an AMD processor with AVX-512, and oneDNN for those in
+bfloat16. Allowed to round float32 to bfloat16, it asks oneDNN for both; and oneDNN rounds only where a processor multiplies
+bfloat16 in tiles. Whether products are then others, and exact, shows on numbers.
+
+Each product of oneDNN begins with a search for its kernel, which takes five times as long as MKL takes for all of a small one.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ MATMUL = ONEDNN.matmul
 UNSET, ROUNDED = "none", "bf16"
 AMD = "AuthenticAMD"
 TRIED = ((256, 256, 256), (8, 256, 384), (384, 256, 8), (1, 256, 256))  # rows, inner width and columns of products
+LIGHT = 1 << 14  # numbers in a factor, up to which its product with one of a few rows is light
 CLOSE = 1e-5  # relative error: 4e-7 in float32, 3e-3 when rounded
 
 
@@ -37,6 +40,31 @@ def few_rows() -> Iterator[None]:
     """The scope in which products have a row or two each, as in generation, and are torch's own choice again."""
     with saying(UNSET) if asked() and _exact() else nullcontext():
         yield
+
+
+class Light:
+    """The scope of products of tensors with factors of a few rows: gives them in the float type that is fastest for it.
+
+    That is float32 where a CPU is given bfloat16 and the search for a kernel would take longer than the product.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        few = all(map(_is_light, tensors))
+        self.tensors = tuple(x.float() for x in tensors) if few else tensors
+        self.asked = few and asked()
+
+    def __enter__(self) -> tuple[Tensor, ...]:
+        if self.asked:
+            MATMUL.fp32_precision = UNSET
+        return self.tensors
+
+    def __exit__(self, *_: object) -> None:
+        if self.asked:
+            MATMUL.fp32_precision = ROUNDED
+
+
+def _is_light(x: Tensor) -> bool:
+    return x.numel() <= LIGHT and x.is_cpu and x.dtype in (torch.bfloat16, torch.float32)
 
 
 def priced(precision: str, device: torch.device) -> bool:
