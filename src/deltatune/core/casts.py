@@ -55,6 +55,9 @@ class Cast(Function):
 
 
 def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
-    new = tuple(torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True))
+    new = tuple(
+        torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+        for t, dtype in zip(tensors, dtypes, strict=True)
+    )
     torch._foreach_copy_(new, tuple(tensors))  # type: ignore[reportPrivateImportUsage]
     return new

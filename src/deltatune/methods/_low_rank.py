@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from deltatune.core.fused import Remake, fusible, own, remake
 from deltatune.core.leaf import Given
 from deltatune.core.method import Base
+from deltatune.core.products import Light
 
 
 def changed(W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
@@ -36,7 +37,8 @@ def routed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, base:
             return cast(Tensor, Both.apply(x, y.detach(), A, B, scale, W, remake(x)))
         h = cast(Tensor, Down.apply(x, A, remake(x) if A.requires_grad else None))
         return cast(Tensor, Up.apply(h, y, B, scale))
-    return _added(y, A @ _flat(x).mT, B, scale, y.is_contiguous())
+    with Light(_flat(x)) as (flat,):
+        return _added(y, A.to(flat.dtype) @ flat.mT * scale, B, y.is_contiguous())
 
 
 class Down(Function):
@@ -49,14 +51,15 @@ class Down(Function):
     def forward(ctx: Any, x: Tensor, A: Tensor, again: Remake | None) -> Tensor:
         ctx.shape, ctx.again = x.shape, again
         ctx.save_for_backward(A, *(() if again or not A.requires_grad else (x,)))
-        return A @ _flat(x).mT
+        with Light(_flat(x)) as (flat,):
+            return A.to(flat.dtype) @ flat.mT
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (A, *kept) = grads, ctx.saved_tensors
         to_x, to_A, _ = ctx.needs_input_grad
-        gx = (g.mT @ A).view(ctx.shape) if to_x else None
-        gA = g @ _flat(kept[0] if kept else ctx.again()) if to_A else None
+        gx = (g.mT @ A.to(g.dtype)).view(ctx.shape) if to_x else None
+        gA = g @ _flat(kept[0] if kept else ctx.again()).to(g.dtype) if to_A else None
         return gx, gA, None
 
 
@@ -66,7 +69,7 @@ class Up(Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, y: Tensor, B: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
-        new = _added(y, h, B, scale, own(y))
+        new = _added(y, h * scale, B, own(y))
         if new is y:
             ctx.mark_dirty(y)
         ctx.save_for_backward(h, B)
@@ -76,50 +79,50 @@ class Up(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (h, B) = grads, ctx.saved_tensors
         to_h, to_y, to_B, _ = ctx.needs_input_grad
-        gh = _slope_of_h(g, B, ctx.scale) if to_h else None
-        gB = _slope_of_B(g, h, ctx.scale) if to_B else None
+        with Light(_flat(g)) as (flat,):
+            gh = B.to(flat.dtype).mT @ flat.mT * ctx.scale if to_h else None
+            gB = (h.to(flat.dtype) * ctx.scale @ flat).mT if to_B else None
         return gh, g if to_y else None, gB, None
 
 
 class Both(Function):
-    """y + scale (x A^T) B^T for y = x W^T + b, whose own backward it takes over: g W + g B A in one place."""
+    """y + scale (x A^T) B^T for y = x W^T + b, whose own backward it takes over: g W + scale g B A in one place."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, W: Tensor, again: Remake | None
     ) -> Tensor:
-        h = A @ _flat(x).mT
+        with Light(_flat(x)) as (flat,):
+            h = A.to(flat.dtype) @ flat.mT * scale
+            new = _added(y, h, B, y.is_contiguous())
         ctx.shape, ctx.scale, ctx.again = x.shape, scale, again
         ctx.save_for_backward(h, A, B, W, *(() if again else (x,)))
-        return _added(y, h, B, scale, y.is_contiguous())
+        return new
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (h, A, B, W, *kept) = grads, ctx.saved_tensors
-        x, gh, through = _flat(kept[0] if kept else ctx.again()), _slope_of_h(g, B, ctx.scale), _flat(g) @ W
-        if torch.is_grad_enabled():
-            h, gx = A @ x.mT, through + gh.mT @ A
-        else:
-            gx = through.addmm_(gh.mT, A)
-        return gx.view(ctx.shape), None, gh @ x, _slope_of_B(g, h, ctx.scale), None, None, None
+        x, through = _flat(kept[0] if kept else ctx.again()), _flat(g) @ W
+        with Light(_flat(g), x) as (flat, x):
+            A, B = A.to(x.dtype), B.to(x.dtype)
+            gh = B.mT @ flat.mT * ctx.scale
+            if torch.is_grad_enabled():
+                h, gx = A @ x.mT * ctx.scale, through + (gh.mT @ A).to(through.dtype)
+            else:
+                gx = _added(through, gh, A.mT, True)
+            return gx.view(ctx.shape), None, gh @ x, (h.to(x.dtype) @ flat).mT, None, None, None
 
 
-def _slope_of_h(g: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Return the gradient [r, n] of h in y + scale h^T B^T, for that of the sum, g [..., d_out]."""
-    return (B.mT * scale).contiguous() @ _flat(g).mT
-
-
-def _slope_of_B(g: Tensor, h: Tensor, scale: float) -> Tensor:
-    """Return the gradient [d_out, r] of B in the same."""
-    return (h @ _flat(g)).mT * scale
-
-
-def _added(y: Tensor, h: Tensor, B: Tensor, scale: float, over: bool) -> Tensor:
-    """Return y + scale h^T B^T for h [r, n], written `over` y or into a new tensor."""
+def _added(y: Tensor, h: Tensor, B: Tensor, over: bool) -> Tensor:
+    """Return y + h^T B^T for h [r, n], written `over` y or into a new tensor."""
+    flat = _flat(y)
+    if h.dtype != y.dtype:
+        change = h.mT @ B.to(h.dtype).mT
+        return flat.add_(change).view(y.shape) if over else flat.add(change).to(y.dtype).view(y.shape)
     if over:
-        _flat(y).addmm_(h.mT, B.mT, alpha=scale)
+        flat.addmm_(h.mT, B.mT)
         return y
-    return torch.addmm(_flat(y), h.mT, B.mT, alpha=scale).view(y.shape)
+    return torch.addmm(flat, h.mT, B.mT).view(y.shape)
 
 
 def _flat(x: Tensor) -> Tensor:
