@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from deltatune.backbones.products import asked
+from deltatune.core.products import asked
 
 NAME = "dense"
 CACHED = 1 << 20  # numbers in P at a time: 2 MiB in bfloat16
@@ -122,7 +122,8 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, sca
     for more in (bias, mask):
         if more is not None:
             S += _own(more, rows)
-    return torch.softmax(S, -1)
+    wide = torch.promote_types(S.dtype, torch.float32)  # the kernel of bfloat16 takes twice as long
+    return torch.softmax(S, -1, dtype=wide).to(S.dtype)
 
 
 def _own(held: Tensor, rows: slice) -> Tensor:

@@ -62,37 +62,43 @@ class RootMeanSquare(Remade):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, eps: float) -> Tensor:
-        scale = _scale(x, eps)
-        ctx.eps = eps
+        f, ctx.eps = _wide(x), eps
+        scale = _scale(f, eps)
         ctx.save_for_backward(x, w, scale)
-        return _normed(x, scale) * w
+        return (f * scale).to(x.dtype) * w
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (x, w, scale) = grads, ctx.saved_tensors
-        again = torch.is_grad_enabled()  # what is kept of the statistics is cut off from x
-        scale = _scale(x, ctx.eps) if again else scale
-        unit = x * scale
-        gw = (g * unit.to(g.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        gu = (g * w).to(unit.dtype)
-        mean = (gu * unit).mean(-1, keepdim=True)
-        gx = (gu - unit * mean) * scale if again else gu.sub_(unit.mul_(mean)).mul_(scale)
+        again, f = torch.is_grad_enabled(), _wide(x)
+        scale = _scale(f, ctx.eps) if again else scale  # what is kept of the statistics is cut off from x
+        gw = (g * (f * scale).to(g.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        gu = (g * w).to(scale.dtype)
+        along = (gu * f).mean(-1, keepdim=True) * scale.square()
+        gx = (gu - f * along) * scale if again else gu.addcmul_(f, along, value=-1).mul_(scale)
         return gx.to(x.dtype), gw, None
 
     @staticmethod
     def again(ctx: Any) -> Tensor:
         x, w, scale = ctx.saved_tensors
-        return _normed(x, _scale(x, ctx.eps) if torch.is_grad_enabled() else scale) * w
+        f = _wide(x)
+        return (f * (_scale(f, ctx.eps) if torch.is_grad_enabled() else scale)).to(x.dtype) * w
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return x in the type of its statistics; a CPU is slow to mix types in one operation."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _scale(x: Tensor, eps: float) -> Tensor:
-    """Return 1 / sqrt(mean(x^2) + eps), [..., 1]."""
-    size = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.promote_types(x.dtype, torch.float32))
+    """Return 1 / sqrt(mean(x^2) + eps), [..., 1], for a wide x."""
+    size = torch.linalg.vector_norm(x, 2, -1, True)
     return (size.square() / x.shape[-1] + eps).rsqrt()
 
 
-def _normed(x: Tensor, scale: Tensor) -> Tensor:
-    return (x * scale).to(x.dtype)
+def _normed(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    f = _wide(x)
+    return (f * _scale(f, eps)).to(x.dtype) * w
 
 
 class Norm(nn.Module):
@@ -105,7 +111,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if recorded():
             return cast(Tensor, RootMeanSquare.apply(x, self.weight, self.eps))
-        return _normed(x, _scale(x, self.eps)) * self.weight
+        return _normed(x, self.weight, self.eps)
 
 
 def _eps(module: nn.Module) -> float | None:
@@ -120,5 +126,5 @@ def _eps(module: nn.Module) -> float | None:
         ramp = torch.linspace(0.5, 2, WIDTH)
         trial._parameters = {"weight": nn.Parameter(ramp)}
         x = torch.stack([ramp, (ramp - 1) * numbers[0] ** 0.5])  # the second one sees eps
-        same = torch.allclose(trial(x), _normed(x, _scale(x, numbers[0])) * ramp, rtol=1e-5, atol=1e-6)
+        same = torch.allclose(trial(x), _normed(x, ramp, numbers[0]), rtol=1e-5, atol=1e-6)
     return numbers[0] if same else None
