@@ -6,9 +6,9 @@ included. The whole is that and what was held. The Llama has 4 blocks (d=768, ff
 batch 8 x 128), t5-seed is read from DELTATUNE_MODELS (batch 16 x 128, answers of 16 tokens).
 
 Each is measured twice. Where the heap gives freed memory back, as `deltatune tune --memory-budget` has it, the peak is what
-training needs, and the ledger's error is its own. glibc's heap as it comes keeps freed tensors in pieces that often fit no
-other, to an extent that differs from one start of the same process to the next; what it keeps stands beside. A time is the
-roofline's estimate against the median step of that process.
+training needs, and the ledger's error is its own. Where it is kept for the next step, as `tune` has it otherwise, freed tensors lie in
+pieces that often fit no other, to an extent that differs from one start of the same process to the next; what that takes stands
+beside. A time is the sum of the prices of a step's operations against the median step of that process.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from benchmarks.plots import Bars, Plot
 from benchmarks.shape import Shape, llama
 from deltatune.tuning.deterministic import deterministic
 from deltatune.tuning.forecast import resident
-from deltatune.tuning.heap import give_back
+from deltatune.tuning.heap import give_back, keep
 from deltatune.tuning.ledger import Shape as Batch
 from deltatune.tuning.ledger import batch_of, ledger
 from deltatune.tuning.loss import make_loss
 from deltatune.tuning.memory import Peak
 from deltatune.tuning.optim import make_optimizer
 from deltatune.tuning.precision import hold_in, keep_few_kernels
-from deltatune.tuning.rates import measure as measure_rates
+from deltatune.tuning.prices import prices
 from deltatune.tuning.recipe import Recipe
 
 METHODS = {
@@ -90,8 +90,7 @@ def train(backbone: str, method: str, steps: int, back: bool) -> Result:
     attachment = dt.attach(model, dt.parse(METHODS[method]))
     parameters = list(attachment.parameters())
     optimizer = make_optimizer(recipe, parameters)
-    if back:
-        give_back()
+    give_back() if back else keep()
     held, peak, seconds = resident(device), Peak(device), []
     loss = make_loss(model, {name: tensor[:2] for name, tensor in given.items()})
     with deterministic(device):
@@ -118,11 +117,13 @@ def in_a_process(backbone: str, method: str, steps: int, back: bool) -> Result:
 
 def measure(shape: Trials) -> Result:
     """Predict and measure; rows with `growth` and `peak` in bytes, planned and measured, and `kept` by the heap as it is."""
-    rows, rates = [], measure_rates(torch.device("cpu"))
+    rows, priced = [], prices(torch.device("cpu"))
     for backbone in shape.backbones:
         model = model_of(backbone)
         for method in shape.methods:
-            planned = ledger(model, dt.parse(METHODS[method]), batch(backbone), Recipe(dropout=True), rates=rates)
+            planned = ledger(
+                model, dt.parse(METHODS[method]), batch(backbone), Recipe(dropout=True), price=priced.seconds
+            )
             found = [in_a_process(backbone, method, shape.steps, True) for _ in range(shape.rounds)]
             usual = [in_a_process(backbone, method, shape.steps, False) for _ in range(shape.rounds)]
             rows.append(row(backbone, method, planned.to_json(), found, usual))
@@ -161,7 +162,7 @@ def tables(result: Result) -> list[Table]:
         )
         for r in result["trials"]
     ]
-    columns = ("", "planned", "measured", "error", "of the whole", "heap as it comes", "of the time")
+    columns = ("", "planned", "measured", "error", "of the whole", "heap kept", "of the time")
     return [Table("Growth of the process in training, planned and measured", columns, rows)]
 
 

@@ -233,3 +233,15 @@ def test_a_run_done_with_other_defaults_of_its_method_is_another_run(write: Call
     del record["terms"]  # as kept by versions that wrote the text alone
     write_json(path, record)
     assert status(folder).complete
+
+
+def test_a_run_of_a_method_that_is_gone_stays_and_hinders_nobody(write: Callable, tmp_path: Path) -> None:
+    folder, plan = tmp_path / "study", write(tasks='"topic"', seeds="0")
+    do(plan, folder)
+    path = next(path for path in folder.glob("runs/*/run.json") if "LoRA" in path.read_text())
+    record = json.loads(path.read_text())
+    for gone in ({"delta": "NoSuchMethod(rank=2)"}, {"recipe": {**record["recipe"], "no_such_setting": 1}}):
+        write_json(path, {**record, **gone})
+        assert status(folder).counts == {"done": 1, "pending": 1}
+        assert {run.delta for run in Store(folder).found()} == {"Full()"}
+    assert path.exists()

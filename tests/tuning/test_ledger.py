@@ -63,6 +63,15 @@ def test_fakes_take_what_real_tensors_take(name: str, method: str) -> None:
     assert planned == real(model, delta, Recipe())
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_in_float32_is_planned_in_bfloat16_as_it_will_be_held(name: str) -> None:
+    model, recipe = BACKBONES[name](), Recipe(precision="bf16")
+    planned, whole = (ledger(model, dt.LoRA(rank=4), SHAPE, one) for one in (recipe, Recipe()))
+    assert planned.backbone < 0.6 * whole.backbone and planned.delta == whole.delta
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert planned == real(model, dt.LoRA(rank=4), recipe)
+
+
 def test_components_are_what_arithmetic_says() -> None:
     model, delta = tiny.llama(), dt.LoRA(rank=4)
     count = dt.sites(model, delta).parameters
@@ -85,7 +94,7 @@ def test_a_shape_of_eight_billion_is_planned_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(num_attention_heads=32, num_key_value_heads=8, **sizes)).bfloat16()
     before = in_use(CPU)
-    one = ledger(model, dt.LoRA(rank=8), Shape(1, 512), rates=Rates(1e12, 1e10, 0.0))
+    one = ledger(model, dt.LoRA(rank=8), Shape(1, 512), price=Rates(1e12, 1e10).seconds)
     assert in_use(CPU) - before < 1 << 28 and one.backbone > 2 * 8_030_000_000
     products = 2 * 2 * 512 * 8e9  # forward, and backward to the hidden states
     assert one.seconds is not None and products * 0.8 / 1e12 < one.seconds < products * 1.6 / 1e12
@@ -149,6 +158,8 @@ def test_a_budget_changes_no_number_of_a_run(tmp_path: Path, monkeypatch: pytest
     plain = tune(run, tmp_path / "plain", memory_budget=0)
     found = plain["memory"]
     assert found["planned"] == found["resident"] + found["ledger"]["growth"] and not found["ledger"]["recomputed"]
+    step = plain["longest_step_seconds"]
+    assert step["planned"] == found["ledger"]["seconds"] > 0 and step["measured"] > 0
     with pytest.raises(dt.DeltaTuneError, match="cannot be kept"):
         tune(run, tmp_path / "tight", memory_budget=HELD)
     tight = tune(run, tmp_path / "tight", memory_budget=HELD + found["ledger"]["growth"] * 4 // 5)
@@ -159,7 +170,8 @@ def test_a_budget_changes_no_number_of_a_run(tmp_path: Path, monkeypatch: pytest
     for one, other in zip(*(log(tmp_path / name) for name in ("plain", "tight")), strict=True):
         assert one.get("loss") == other.get("loss")
     again = Run("LoRA(rank=2)", "pebble", "topic", Recipe(steps=1, eval_every=0, test=False))
-    assert tune(again, tmp_path / "unplanned")["memory"] is None
+    unplanned = tune(again, tmp_path / "unplanned")
+    assert unplanned["memory"] is None and unplanned["longest_step_seconds"] is None
 
 
 def log(folder: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ RECIPE = Recipe(steps=60, lr=3e-2, eval_every=20, checkpoint_every=20, max_input
 RESULT = {
     "run", "id", "metric", "test", "dev", "train_loss", "best_step",
     "steps", "stopped", "parameters", "backbone_parameters", "file_bytes",
-    "seconds", "step_seconds", "tokens", "tokens_per_second",
+    "seconds", "step_seconds", "longest_step_seconds", "tokens", "tokens_per_second",
     "peak_memory_bytes", "memory", "majority", "cache", "environment",
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ WORDS = {
     "logits": "logits",
     "cache": "cache of keys and values",
     "workspace": "workspace: temporaries at the peak",
+    "kernels": "kernels: products compiled for their shapes",
 }
 
 
@@ -82,4 +83,4 @@ def _show(found: Ledger, title: str) -> None:
     if found.recomputed:
         console.print(f"recomputed in the backward pass: {', '.join(found.recomputed)}", soft_wrap=True)
     if found.seconds is not None:
-        console.print(f"a step: about {found.seconds:.3g} s at the rates measured on this machine", soft_wrap=True)
+        console.print(f"a step: about {found.seconds:.3g} s, by its operations on this machine", soft_wrap=True)

@@ -200,6 +200,9 @@ def _summarize(console: Any, result: dict[str, Any], folder: Path) -> None:
     table.add_row("trained parameters", f"{result['parameters']:,} ({share:.3g} % of the backbone's)")
     table.add_row("file", f"{result['file_bytes'] / 1024:,.0f} KiB")
     table.add_row("time", f"{result['seconds']['total']:.0f} s")
+    if (longest := result.get("longest_step_seconds")) and None not in longest.values():
+        found = f"{longest['measured']:.3g} s (planned {longest['planned']:.3g} s)"
+        table.add_row("  a step on the longest batches", found)
     for words, text in _memory(result["peak_memory_bytes"], result.get("memory")):
         table.add_row(words, text)
     if cache := result.get("cache"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from deltatune.core.walk import modules
 from deltatune.errors import DeltaTuneError
 
-ORDINARY = (Tensor, nn.Parameter)
+ORDINARY: set[type[Tensor]] = {Tensor, nn.Parameter}
 
 
 @dataclass(frozen=True)

@@ -138,14 +138,13 @@ class Store:
         """Every run that was begun in the directory, those of earlier plans included.
 
         Another version of the software may give a run another id; of two folders with the same run the later one counts.
-        It may also give a method other defaults: a run that was done with those of its time is another one.
+        It may also give a method other defaults: a run that was done with those of its time is another one. A run whose
+        method or setting is gone stays in its folder; a plan that asks for it says so itself.
         """
-        from deltatune.tuning import Run
-
         paths = sorted((self.folder / "runs").glob("*/run.json"), key=lambda path: (path.stat().st_mtime_ns, path))
         records = {path.parent.name: read_json(path) for path in paths}
-        runs = {id: Run.of_record(record) for id, record in records.items()}
-        return {run: self.find(id) for id, run in runs.items() if run.means(records[id])}
+        runs = {id: run for id, record in records.items() if (run := _known(record)) and run.means(record)}
+        return {run: self.find(id) for id, run in runs.items()}
 
     def dev_scores(self, plan: Plan) -> dict[Run, float | None]:
         """The dev score of every finished search run, None where it failed."""
@@ -199,3 +198,13 @@ class Store:
             except BlockingIOError:
                 return True
         return False
+
+
+def _known(record: Mapping[str, Any]) -> Run | None:
+    """Return the run of a record, None where this version of the software does not know what it says."""
+    from deltatune.tuning import Run
+
+    try:
+        return Run.of_record(record)
+    except DeltaTuneError:
+        return None

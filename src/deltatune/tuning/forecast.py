@@ -19,9 +19,11 @@ from deltatune.tuning.budget import within
 from deltatune.tuning.encode import IGNORED, Ids, Row, batches, sizes_of
 from deltatune.tuning.ledger import Evaluate, Ledger, Shape, ledger
 from deltatune.tuning.memory import in_use
-from deltatune.tuning.rates import measure
+from deltatune.tuning.precision import computes_in
+from deltatune.tuning.prices import prices
 from deltatune.tuning.recipe import Recipe
 from deltatune.tuning.score import SCORERS
+from deltatune.tuning.widths import Widths, wide
 
 SMALL = 64
 
@@ -48,11 +50,17 @@ def _step(device: torch.device) -> None:
     torch.mm(wide, wide.T)
 
 
-def longest(rows: Sequence[Row], recipe: Recipe, seed: int) -> Shape:
-    """Return the shape of the largest batch that a run will train on."""
+def longest(rows: Sequence[Row], recipe: Recipe, seed: int, widths: Widths) -> tuple[Shape, frozenset[int]]:
+    """Return the shape of the largest batch that a run will train on, and the steps on batches that `widths` make as wide."""
     order = islice(batches(sizes_of(rows), recipe.batch, seed), recipe.steps)
-    shapes = {_shape([rows[index] for index in batch]) for batch in order}
-    return max(shapes, key=lambda shape: shape.rows * (shape.length + shape.answer))
+    shapes = [_shape([rows[index] for index in batch]) for batch in order]
+    largest = max(shapes, key=lambda shape: shape.rows * (shape.length + shape.answer))
+
+    def filled(shape: Shape) -> tuple[int, int, int]:
+        return shape.rows, wide(shape.length, widths.inputs), wide(shape.answer, widths.labels)
+
+    alike = (step for step, shape in enumerate(shapes, 1) if filled(shape) == filled(largest))
+    return replace(largest, widths=max(len(widths.inputs), 1)), frozenset(alike)
 
 
 def scoring(kind: str, questions: Sequence[Sequence[Row]], recipe: Recipe, pad: int) -> Evaluate:
@@ -117,9 +125,9 @@ def planned(name: str, delta: Delta, shape: Shape, recipe: Recipe, candidates: i
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, held = skeleton(name), resident(device)
     evaluate = made_up(model, shape, recipe, candidates) if candidates else None
-    rates = measure(device, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
+    priced = prices(device, computes_in(recipe.precision))
 
     def tried(paths: Sequence[str]) -> Ledger:
-        return replace(ledger(model, delta, shape, recipe, evaluate, paths, rates, device), process=held)
+        return replace(ledger(model, delta, shape, recipe, evaluate, paths, priced.seconds, device), process=held)
 
     return within(budget, tried)

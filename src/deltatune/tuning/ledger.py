@@ -18,42 +18,41 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from deltatune.core.attach import Attachment, enliven
-from deltatune.core.delta import Delta, Placement, as_delta, place
-from deltatune.core.leaf import Given, Leaf
-from deltatune.core.leaves import Leaves, key
+from deltatune.core.delta import Delta, as_delta
 from deltatune.core.method import Method
 from deltatune.core.motion import penalty
 from deltatune.core.motion import rates as factors
 from deltatune.core.recompute import recompute
 from deltatune.core.site import anatomy
-from deltatune.core.stored import Values
 from deltatune.core.weights import Weights, fingerprint
 from deltatune.errors import DeltaTuneError
 from deltatune.tuning.deterministic import deterministic
+from deltatune.tuning.fake import attach_fake
 from deltatune.tuning.loss import Loss, OwnLoss, TokenLoss, read_loss
 from deltatune.tuning.optim import make_optimizer
-from deltatune.tuning.precision import hold_in
-from deltatune.tuning.rates import Rates
+from deltatune.tuning.precision import cast_to, hold_in, kernels_kept
 from deltatune.tuning.recipe import Recipe
-from deltatune.tuning.tally import Tally, fakes, tally
+from deltatune.tuning.tally import Tally, Work, fakes, tally
 
-COMPONENTS = ("gradients", "optimizer", "activations", "logits", "cache", "workspace")
+COMPONENTS = ("gradients", "optimizer", "activations", "logits", "cache", "workspace", "kernels")
+KERNEL = 290 << 10  # bytes of a product that oneDNN has compiled, measured on a CPU with AVX-512
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The longest batch: rows, tokens of an input, tokens of an answer, and whether shorter rows are padded."""
+    """The longest batch: rows, tokens of an input, tokens of an answer, whether shorter rows are padded, and of how many widths
+    batches are."""
 
     rows: int
     length: int
     answer: int = 0
     padded: bool = True
+    widths: int = 1
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes at the peak by component, and the seconds of a step where rates are known.
+    """Bytes at the peak by component, and the seconds of a step where prices are known.
 
     `process` is what is there before: interpreter and libraries. `evaluation` is what an evaluation takes above backbone,
     delta and optimizer at its own peak; `blocks` has the bytes that each block keeps for the backward pass, by path.
@@ -66,6 +65,7 @@ class Ledger:
     activations: int
     logits: int
     workspace: int
+    kernels: int = 0
     cache: int = 0
     evaluation: int = 0
     process: int = 0
@@ -90,6 +90,7 @@ class Ledger:
 
 
 Evaluate = Callable[[Any], object]
+Price = Callable[[Iterable[Work]], float]  # the seconds of operations
 
 
 def ledger(
@@ -99,7 +100,7 @@ def ledger(
     recipe: Recipe | None = None,
     evaluate: Evaluate | None = None,
     recomputed: Iterable[str] = (),
-    rates: Rates | None = None,
+    price: Price | None = None,
     device: torch.device | str = "cpu",
 ) -> Ledger:
     """Return what training `delta` on `model` takes; the model may be on the meta device, and nothing of it is touched.
@@ -110,14 +111,14 @@ def ledger(
     recipe, device, paths = recipe or Recipe(), torch.device(device), tuple(recomputed)
     weights = Weights(as_delta(delta), {}, fingerprint(model), 0)
     with deterministic(device), tally(_vocabulary(model)) as counted:
-        copy = fakes(model, device)
+        copy = fakes(model, device, cast_to(model, recipe.precision))
         hold_in(copy, recipe.precision)
         trial = Trial(counted, copy, weights, recipe, device, paths)
         trial.step(shape)
         work = list(counted.work)
         if evaluate is not None:
             trial.evaluate(evaluate)
-    return trial.ledger(None if rates is None else rates.seconds(work), paths)
+    return trial.ledger(None if price is None else price(work), paths)
 
 
 class Trial:
@@ -150,7 +151,7 @@ class Trial:
 
     def step(self, shape: Shape) -> None:
         """Take the step that `Loop` takes."""
-        counted = self.counted
+        counted, self.widths = self.counted, shape.widths
         batch = batch_of(self.model, shape, self.device)
         read = self._loss(batch, shape)
         counted.work.clear()
@@ -207,13 +208,18 @@ class Trial:
             more = sum(evaluation.values()) - evaluation["backbone"] - evaluation["delta"] - evaluation["optimizer"]
         larger = evaluation if evaluation and sum(evaluation.values()) > sum(training.values()) else training
         return Ledger(
-            **larger,
+            **{**larger, "kernels": self.kernels()},
             evaluation=more,
             peak_in="evaluation" if larger is evaluation else "training",
             seconds=seconds,
             recomputed=recomputed,
             blocks=tuple(self.saved.items()),
         )
+
+    def kernels(self) -> int:
+        """Return the bytes of the products that are compiled, one for each shape, of which the last few are kept."""
+        shapes = {one.shapes for one in self.counted.work if one.compiled}
+        return KERNEL * min(self.widths * len(shapes), kernels_kept())
 
     def _named(self, bytes: dict[str, int]) -> dict[str, int]:
         named: dict[str, int] = dict.fromkeys(("backbone", "delta", *COMPONENTS), 0)
@@ -237,34 +243,6 @@ class Trial:
         for path, times in spans.items():
             pairs = list(zip(times[::2], times[1::2], strict=False))
             self.saved[path] = sum(b.bytes for b in alive if any(start < b.born <= end for start, end in pairs))
-
-
-def attach_fake(model: nn.Module, weights: Weights, device: torch.device) -> Attachment:
-    """Attach a delta whose leaves have shapes and no values, so that no start is computed."""
-    parts = anatomy(model)
-    placements = place(model, weights.delta, parts)
-    trained: dict[str, nn.Parameter] = {}
-    others: dict[str, Tensor] = {}
-    for placement in placements:
-        for leaf, declared in placement.leaves.items():
-            name = key(placement.name(leaf))
-            if declared.trained:
-                trained.setdefault(name, nn.Parameter(torch.empty(declared.shape, device=device)))
-            else:
-                dtype = _dtype(model, placement, declared)
-                others.setdefault(name, torch.empty(declared.shape, dtype=dtype, device=device))
-    return enliven(model, "planned", weights, placements, Leaves(trained, others), parts)
-
-
-def _dtype(model: nn.Module, placement: Placement, leaf: Leaf) -> torch.dtype:
-    """Return the type of a leaf that is not trained, which only its start knows: numbers, or places of numbers."""
-    parameters = dict(model.named_parameters())
-    module = model.get_submodule(placement.site.path)
-    given = Given(placement.site, Values(module), {"fisher": parameters, "gradient": parameters})
-    try:
-        return leaf.init.fill(leaf.shape, torch.Generator(), given).dtype
-    except Exception:  # a start that needs values or evidence is made of numbers, as far as is known
-        return torch.float32
 
 
 def batch_of(model: Any, shape: Shape, device: torch.device) -> dict[str, Tensor]:

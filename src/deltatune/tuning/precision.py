@@ -25,7 +25,8 @@ HELD: dict[str, tuple[str, str | None]] = {  # how `load` is asked for it: a flo
 }
 # On a CPU oneDNN compiles a product for every shape, half a megabyte each, and keeps 1024 of them, twice. This
 # many are enough for the shapes of a run. The libraries read it before their first product, and what a user set holds.
-KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "1"}
+CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+KEPT = {CAPACITY: "128", "LRU_CACHE_CAPACITY": "1"}
 
 
 def load_for(name: str, precision: str) -> Backbone:
@@ -46,6 +47,11 @@ def keep_few_kernels() -> None:
         os.environ.setdefault(variable, value)
 
 
+def kernels_kept() -> int:
+    """Return how many compiled products are kept."""
+    return int(os.environ.get(CAPACITY, KEPT[CAPACITY]))
+
+
 def computes_in(precision: str) -> torch.dtype:
     """Return the float type that a backbone held as `precision` says computes in."""
     return getattr(torch, HELD[precision][0])
@@ -54,8 +60,14 @@ def computes_in(precision: str) -> torch.dtype:
 def hold_in(model: nn.Module, precision: str) -> None:
     """Let a model that is loaded, or planned, compute as `precision` says; numbers in 8 bits are planned as bfloat16."""
     lean(model)
-    if HELD[precision][0] == "bfloat16" and all(p.dtype == torch.float32 for p in model.parameters()):
-        model.to(torch.bfloat16)
+    if dtype := cast_to(model, precision):
+        model.to(dtype)
+
+
+def cast_to(model: nn.Module, precision: str) -> torch.dtype | None:
+    """Return the float type that a model has yet to be cast to, as one in float32 has."""
+    dtype = computes_in(precision)
+    return dtype if dtype != torch.float32 and all(p.dtype == torch.float32 for p in model.parameters()) else None
 
 
 def device() -> torch.device:

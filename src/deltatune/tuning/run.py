@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,9 +26,10 @@ from deltatune.tuning.cache import Bound
 from deltatune.tuning.checkpoint import remove_checkpoint
 from deltatune.tuning.encode import Codec, collate
 from deltatune.tuning.environment import environment
+from deltatune.tuning.log import Longest, ended, steps_of
 from deltatune.tuning.loop import LOG, Loop, OnStep, Progress
 from deltatune.tuning.memory import Peak
-from deltatune.tuning.precision import load_for
+from deltatune.tuning.precision import computes_in, load_for
 from deltatune.tuning.recipe import TERMS, Run
 
 if TYPE_CHECKING:
@@ -114,6 +113,7 @@ class Session:
         self.trained: Loop | None = None
         self.questions: Questions | None = None
         self.memory: dict[str, Any] | None = None
+        self.longest: Longest | None = None
         self.scope: Callable[[], AbstractContextManager[Any]] = nullcontext
         if members is None:
             self.attachment = dt.attach(self.backbone.model, weights)
@@ -137,6 +137,7 @@ class Session:
         scores = self._test() if self.recipe.test else {"test": None, "majority": None}
         dt.save(dt.join(self.backbone.model, *self.stages), self.folder)
         evaluating = time.perf_counter() - started
+        steps = steps_of(self.folder / LOG)
         return {
             "run": self.run.to_json(),
             "id": self.run.id,
@@ -154,7 +155,8 @@ class Session:
                 "evaluate": progress.evaluate_seconds + evaluating,
                 "total": self.loading + progress.total_seconds + evaluating,
             },
-            **_from_log(self.folder / LOG),
+            **ended(steps),
+            "longest_step_seconds": self.longest and self.longest.beside(steps),
             "tokens": progress.tokens,
             "tokens_per_second": progress.tokens / progress.train_seconds if progress.train_seconds else None,
             "peak_memory_bytes": progress.peak_memory,
@@ -210,9 +212,11 @@ class Session:
         from deltatune.tuning.budget import beside, within
         from deltatune.tuning.forecast import longest, resident
         from deltatune.tuning.ledger import ledger
+        from deltatune.tuning.prices import prices
 
         model, delta = skeleton(self.run.backbone), self.attachment.delta
-        shape, evaluate = longest(loop.rows, self.recipe, self.run.seed), self._planned_evaluation()
+        shape, steps = longest(loop.rows, self.recipe, self.run.seed, loop.widths)
+        evaluate = self._planned_evaluation()
         if evaluate:  # a metric's library is loaded by its first use, and is no part of what a method takes
             some = self.task.split("dev")[:1]
             score(self.task.metric, [example.target for example in some], some)
@@ -221,9 +225,11 @@ class Session:
         held = resident(self.device)
 
         def planned(paths: Sequence[str]) -> Ledger:
-            return beside(ledger(model, delta, shape, self.recipe, evaluate, paths, device=self.device), held)
+            made = ledger(model, delta, shape, self.recipe, evaluate, paths, price.seconds, self.device)
+            return beside(made, held)
 
         with torch.random.fork_rng(devices=[]):
+            price = prices(self.device, computes_in(self.recipe.precision))
             try:
                 found = within(budget, planned)
             except DeltaTuneError:
@@ -233,6 +239,7 @@ class Session:
         recompute(self.attachment, found.recomputed)
         loop.peak = Peak(self.device)  # planning took memory too
         self.memory = {"resident": held, "budget": budget, "planned": found.peak, "ledger": found.to_json()}
+        self.longest = Longest(found.seconds, steps)
 
     def _planned_evaluation(self) -> Evaluate | None:
         from deltatune.tuning.forecast import scoring, writing
@@ -280,13 +287,3 @@ def claim(run: Run, folder: Path) -> None:
     raise DeltaTuneError(
         f"{folder} holds another run, {found.get('id')}: {what}. Choose another folder or delete this one."
     )
-
-
-def _from_log(path: Path) -> dict[str, float | None]:
-    """Return the loss at the end (mean of the last 50 steps) and the median seconds of a step."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    steps = [line for line in lines if "loss" in line]
-    return {
-        "train_loss": statistics.fmean(line["loss"] for line in steps[-50:]) if steps else None,
-        "step_seconds": statistics.median(line["seconds"] for line in steps) if steps else None,
-    }

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, UnsupportedFakeTensorException
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from deltatune.core.products import asked
+from deltatune.core.stored import ORDINARY
 from deltatune.errors import DeltaTuneError
 
 FREE = {torch.ops.prim.device.default, torch.ops.aten.detach.default}  # they touch no number
@@ -40,11 +42,55 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Like:
+    """The looks of a tensor that an operation is given."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers of memory it spans."""
+        steps = ((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        return 0 if 0 in self.shape else 1 + sum(steps)
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of these."""
+        return self.numbers * self.dtype.itemsize
+
+
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+
+
+@dataclass(frozen=True)
 class Work:
-    """What one operation does: floating-point operations, and bytes that it reads and writes."""
+    """What one operation does: floating-point operations, bytes that it reads and writes, and the call itself.
+
+    `given` are its arguments as leaves of the tree `form`; `asked` is which library multiplies in float32.
+    """
 
     flops: int
     bytes: int
+    call: Any = None
+    given: tuple[Any, ...] = ()
+    form: Any = None
+    asked: bool = False
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of its tensors."""
+        return tuple(leaf.shape for leaf in self.given if isinstance(leaf, Like))
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it is a product that oneDNN compiles: on a CPU, in bfloat16, or in float32 where it is asked for."""
+        factors = [leaf for leaf in self.given if isinstance(leaf, Like)]
+        kinds = {torch.bfloat16, torch.float32} if self.asked else {torch.bfloat16}
+        multiplies = self.call.overloadpacket in PRODUCTS
+        return multiplies and all(one.device.type == "cpu" and one.dtype in kinds for one in factors)
 
 
 class Tally(TorchDispatchMode):
@@ -126,14 +172,22 @@ def _by_mask(args: tuple[Any, ...]) -> bool:
 
 
 def _work(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, made: list[Tensor]) -> Work:
-    read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    leaves, form = tree_flatten((args, kwargs))
+    read = [t for t in leaves if isinstance(t, Tensor)]
     moved = sum(t.numel() * t.element_size() for t in {id(t): t for t in [*read, *made]}.values())
+    given = tuple(_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    return Work(_flops(func, args, kwargs, out), moved, func, given, form, asked())
+
+
+def _like(t: Tensor) -> Like:
+    return Like(tuple(t.shape), tuple(t.stride()), t.dtype, t.device)
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     count = flop_registry.get(func._overloadpacket)
     if "scaled_dot_product" in str(func) and count is None:
-        return Work(_attention_flops(func, args), moved)
-    if count is None:
-        return Work(0, moved)
-    return Work(count(*args, **kwargs, out_val=out), moved)  # type: ignore[arg-type]
+        return _attention_flops(func, args)
+    return 0 if count is None else count(*args, **kwargs, out_val=out)  # type: ignore[arg-type]
 
 
 def _attention_flops(func: Any, args: tuple[Any, ...]) -> int:
@@ -149,7 +203,7 @@ def tally(vocabulary: int = 0) -> Iterator[Tally]:
     """The scope in which tensors are fakes and counted; raises `DeltaTuneError` for a computation that looks at values."""
     counted = Tally(vocabulary)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _copied_as_clones(), counted:
+        with FakeTensorMode(allow_non_fake_inputs=True), _copied_as_clones(), _taken_for_ordinary(), counted:
             yield counted
     except (RuntimeError, NotImplementedError, UnsupportedFakeTensorException) as error:
         raise DeltaTuneError(f"this cannot be planned without running it: {str(error).splitlines()[0]}.") from error
@@ -166,10 +220,24 @@ def _copied_as_clones() -> Iterator[None]:
         del kind.__deepcopy__
 
 
-def fakes(model: nn.Module, device: torch.device) -> Any:
-    """Return a copy of a model, on the meta device or not, whose tensors are fakes on `device`; use it inside `tally`."""
+@contextmanager
+def _taken_for_ordinary() -> Iterator[None]:
+    """The scope in which a fake is as ordinary a tensor as the one it stands for."""
+    ORDINARY.add(FakeTensor)
+    try:
+        yield
+    finally:
+        ORDINARY.discard(FakeTensor)
+
+
+def fakes(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """Return a copy of a model, on the meta device or not, whose tensors are fakes on `device`; use it inside `tally`.
+
+    Numbers are of `dtype` where it is given; a fake cannot be cast in its place.
+    """
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty(tensor.shape, dtype=kind, device=device)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
