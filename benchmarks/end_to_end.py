@@ -48,6 +48,7 @@ LLAMA = {
 }
 TOKENIZER = "stories260k"
 PLACE = SCRATCH / "end_to_end"
+ALL = "all"  # backbones together
 
 
 @dataclass(frozen=True)
@@ -138,15 +139,10 @@ def _times(theirs: list[dict[str, Any]], ours: list[dict[str, Any]], what: str) 
 def tables(result: Result) -> list[Table]:
     """Return what it comes to for each backbone, and every task."""
     pairs = result["pairs"]
-    groups = list(dict.fromkeys((pair["model"], pair["over"]) for pair in pairs))
-    whole = []
-    for model, over in groups:
-        own = [pair for pair in pairs if (pair["model"], pair["over"]) == (model, over)]
-        times, memory = ([pair[f"{what}_ratio"] for pair in own] for what in ("seconds", "bytes"))
-        changes = _changes(result["rows"], model, over)
-        error = stdev(changes) / math.sqrt(len(changes))
-        loss = f"{fmean(changes):+.3f} ± {error:.3f}"
-        whole.append((f"{model}: {over}", *map(_mean_and_range, (times, memory)), loss))
+    ways = list(dict.fromkeys((pair["model"], pair["over"]) for pair in pairs))
+    models = {model for model, _ in ways}
+    shared = dict.fromkeys(over for _, over in ways if models == {model for model, one in ways if one == over})
+    whole = [_summary(result, *way) for way in [*ways, *((ALL, over) for over in shared if len(models) > 1)]]
     single = [
         (
             f"{pair['model']}, {pair['task']}: {pair['over']}",
@@ -165,9 +161,20 @@ def tables(result: Result) -> list[Table]:
     ]
 
 
-def _changes(rows: list[dict[str, Any]], model: str, over: str) -> list[float]:
-    """Return how much higher deltatune's loss is than another way's, for each task and seed."""
-    losses = {(row["who"], row["task"], row["seed"]): row["loss"] for row in rows if row["model"] == model}
+def _summary(result: Result, model: str, over: str) -> tuple[str, ...]:
+    """Return the row of one backbone, or of all, against another way."""
+    pairs, rows = ([one for one in result[kind] if model in (one["model"], ALL)] for kind in ("pairs", "rows"))
+    own = [pair for pair in pairs if pair["over"] == over]
+    times, memory = ([pair[f"{what}_ratio"] for pair in own] for what in ("seconds", "bytes"))
+    changes = _changes(rows, over)
+    error = stdev(changes) / math.sqrt(len(changes))
+    loss = f"{fmean(changes):+.3f} ± {error:.3f}"
+    return (f"{model}: {over}", *map(_mean_and_range, (times, memory)), loss)
+
+
+def _changes(rows: list[dict[str, Any]], over: str) -> list[float]:
+    """Return how much higher deltatune's loss is than another way's, for each backbone, task and seed."""
+    losses = {(row["who"], row["model"], row["task"], row["seed"]): row["loss"] for row in rows}
     return [loss - losses[over, *key] for (who, *key), loss in losses.items() if who == OURS]
 
 
