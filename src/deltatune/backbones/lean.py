@@ -81,8 +81,7 @@ class RootMeanSquare(Remade):
     @staticmethod
     def again(ctx: Any) -> Tensor:
         x, w, scale = ctx.saved_tensors
-        f = _wide(x)
-        return (f * (_scale(f, ctx.eps) if torch.is_grad_enabled() else scale)).to(x.dtype) * w
+        return _normed(x, w, ctx.eps, None if torch.is_grad_enabled() else scale)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -96,9 +95,9 @@ def _scale(x: Tensor, eps: float) -> Tensor:
     return (size.square() / x.shape[-1] + eps).rsqrt()
 
 
-def _normed(x: Tensor, w: Tensor, eps: float) -> Tensor:
+def _normed(x: Tensor, w: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
     f = _wide(x)
-    return (f * _scale(f, eps)).to(x.dtype) * w
+    return (f * (_scale(f, eps) if scale is None else scale)).to(x.dtype) * w
 
 
 class Norm(nn.Module):

@@ -37,8 +37,7 @@ def routed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, base:
             return cast(Tensor, Both.apply(x, y.detach(), A, B, scale, W, remake(x)))
         h = cast(Tensor, Down.apply(x, A, remake(x) if A.requires_grad else None))
         return cast(Tensor, Up.apply(h, y, B, scale))
-    with Light(_flat(x)) as (flat,):
-        return _added(y, A.to(flat.dtype) @ flat.mT * scale, B, y.is_contiguous())
+    return _added(y, A @ _flat(x).mT, B, y.is_contiguous(), scale)
 
 
 class Down(Function):
@@ -69,7 +68,7 @@ class Up(Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, y: Tensor, B: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
-        new = _added(y, h * scale, B, own(y))
+        new = _added(y, h, B, own(y), scale)
         if new is y:
             ctx.mark_dirty(y)
         ctx.save_for_backward(h, B)
@@ -113,16 +112,17 @@ class Both(Function):
             return gx.view(ctx.shape), None, gh @ x, (h.to(x.dtype) @ flat).mT, None, None, None
 
 
-def _added(y: Tensor, h: Tensor, B: Tensor, over: bool) -> Tensor:
-    """Return y + h^T B^T for h [r, n], written `over` y or into a new tensor."""
+def _added(y: Tensor, h: Tensor, B: Tensor, over: bool, scale: float = 1.0) -> Tensor:
+    """Return y + scale h^T B^T for h [r, n], written `over` y or into a new tensor."""
     flat = _flat(y)
     if h.dtype != y.dtype:
         change = h.mT @ B.to(h.dtype).mT
-        return flat.add_(change).view(y.shape) if over else flat.add(change).to(y.dtype).view(y.shape)
+        new = flat.add_(change, alpha=scale) if over else flat.add(change, alpha=scale).to(y.dtype)
+        return y if over else new.view(y.shape)
     if over:
-        flat.addmm_(h.mT, B.mT)
+        flat.addmm_(h.mT, B.mT, alpha=scale)
         return y
-    return torch.addmm(flat, h.mT, B.mT).view(y.shape)
+    return torch.addmm(flat, h.mT, B.mT, alpha=scale).view(y.shape)
 
 
 def _flat(x: Tensor) -> Tensor:

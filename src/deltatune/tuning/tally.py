@@ -64,6 +64,8 @@ class Like:
 
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
 
+SMALL = 2 * 16**3  # flops of a product up to which torch multiplies by itself
+
 
 @dataclass(frozen=True)
 class Work:
@@ -86,10 +88,10 @@ class Work:
 
     @property
     def compiled(self) -> bool:
-        """Whether it is a product that oneDNN compiles: on a CPU, in bfloat16, or in float32 where it is asked for."""
+        """Whether it is a product that oneDNN compiles: a larger one on a CPU, in bfloat16, or in float32 where it is asked for."""
         factors = [leaf for leaf in self.given if isinstance(leaf, Like)]
         kinds = {torch.bfloat16, torch.float32} if self.asked else {torch.bfloat16}
-        multiplies = self.call.overloadpacket in PRODUCTS
+        multiplies = self.call.overloadpacket in PRODUCTS and self.flops > SMALL
         return multiplies and all(one.device.type == "cpu" and one.dtype in kinds for one in factors)
 
 
