@@ -116,7 +116,7 @@ def in_a_process(backbone: str, method: str, steps: int, back: bool) -> Result:
 
 
 def measure(shape: Trials) -> Result:
-    """Predict and measure; rows with `growth` and `peak` in bytes, planned and measured, and `kept` by the heap as it is."""
+    """Predict and measure; rows with `growth` and `peak` in bytes, planned and measured, and `usual` where the heap keeps what is freed."""
     rows, priced = [], prices(torch.device("cpu"))
     for backbone in shape.backbones:
         model = model_of(backbone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -50,12 +51,10 @@ def test_what_stands_for_a_tensor_looks_like_it(t: torch.Tensor) -> None:
 
 
 class Counting(Prices):
-    """Prices that are all 1, and notes of those that could not be tried."""
+    """Prices that are all 1, once they are found."""
 
     def price(self, work: Work) -> float:
-        before = self.found.get(work)
-        if before is None:
-            super().price(work)
+        super().price(work)
         return 1.0
 
 
@@ -67,28 +66,40 @@ def test_every_call_of_a_step_runs(name: str, precision: str, delta: Any, monkey
         raise AssertionError("a call could not be tried")
 
     monkeypatch.setattr(Prices, "rates", property(refused))
-    found, seen = Counting(CPU), []
+    found, seen = Counting(CPU), list[Work]()
+
+    def more_than_one_each(work: Iterable[Work]) -> float:
+        seen.extend(work)
+        return found.seconds(seen) - len(seen)
+
     state, said = torch.get_rng_state(), MATMUL.fp32_precision
-    recipe = Recipe(precision=precision)
-    one = ledger(
-        tiny.FAMILIES[name](), delta, SHAPE, recipe, price=lambda work: found.seconds(seen := [*work]) - len(seen)
-    )
-    assert one.seconds == 0 and found.found and not seen
+    one = ledger(tiny.FAMILIES[name](), delta, SHAPE, Recipe(precision=precision), price=more_than_one_each)
+    assert one.seconds == 0 and found.found and seen
     assert all(price > 0 for price in found.found.values())
     assert torch.equal(torch.get_rng_state(), state) and MATMUL.fp32_precision == said
 
 
 def test_what_is_too_large_or_cannot_be_computed_has_the_price_of_a_roofline() -> None:
     with tally() as counted:
-        torch.linalg.lu_solve(
-            torch.empty(8, 8), torch.empty(8, dtype=torch.int32), torch.empty(8, 1)
-        )  # places from 1 on
+        pivots = torch.empty(8, dtype=torch.int32)  # places from 1 on
+        torch.linalg.lu_solve(torch.empty(8, 8), pivots, torch.empty(8, 1))
         torch.empty(8).neg()
     solved, small = (one for one in counted.work if one.call is not torch.ops.aten.empty.memory_format)
     huge = replace(small, given=(Like((LARGEST,), (1,), torch.float32, CPU),))
     found = Prices(CPU)
     found.__dict__["rates"] = Rates(1e6, 1e6)
     assert found.price(solved) == solved.bytes / 1e6 and found.price(huge) == huge.bytes / 1e6 != found.price(small)
+
+
+def test_what_trusts_the_bytes_of_another_call_is_not_tried() -> None:
+    delta = dt.Reparam(
+        dt.PromptTuning(length=3), dt.LSTMEncoder(hidden=8)
+    )  # a made-up workspace of it ends the process
+    found = Prices(CPU)
+    found.__dict__["rates"] = Rates(1e30, 1e30)
+    assert (ledger(tiny.t5(), delta, SHAPE, price=found.seconds).seconds or 0) > 0
+    backward = [work for work in found.found if "rnn_layer_backward" in str(work.call)]
+    assert backward and all(found.found[work] == found.rates.bound(work) for work in backward)
 
 
 def test_overhead_is_added_to_each_call() -> None:

@@ -45,7 +45,8 @@ def few_rows() -> Iterator[None]:
 class Light:
     """The scope of products of tensors with factors of a few rows: gives them in the float type that is fastest for it.
 
-    That is float32 where a CPU is given bfloat16 and the search for a kernel would take longer than the product.
+    That is float32 where a CPU is given bfloat16 and the search for a kernel would take longer than the product. Written out,
+    as a scope made of a generator would take as long as such a product too.
     """
 
     def __init__(self, *tensors: Tensor) -> None:

@@ -59,7 +59,8 @@ def longest(rows: Sequence[Row], recipe: Recipe, seed: int, widths: Widths) -> t
     def filled(shape: Shape) -> tuple[int, int, int]:
         return shape.rows, wide(shape.length, widths.inputs), wide(shape.answer, widths.labels)
 
-    alike = (step for step, shape in enumerate(shapes, 1) if filled(shape) == filled(largest))
+    most = filled(largest)
+    alike = (step for step, shape in enumerate(shapes, 1) if filled(shape) == most)
     return replace(largest, widths=max(len(widths.inputs), 1)), frozenset(alike)
 
 

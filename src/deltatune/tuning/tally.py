@@ -63,7 +63,6 @@ class Like:
 
 
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
-
 SMALL = 2 * 16**3  # flops of a product up to which torch multiplies by itself
 
 
@@ -76,10 +75,10 @@ class Work:
 
     flops: int
     bytes: int
-    call: Any = None
-    given: tuple[Any, ...] = ()
-    form: Any = None
-    asked: bool = False
+    call: Any
+    given: tuple[Any, ...]
+    form: Any
+    asked: bool
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
